@@ -1,0 +1,49 @@
+"""AdamW on float32 master weights, with a global-norm clip and a schedule.
+
+The master and the moments are float32 whatever the compute dtype: at the reference's learning rate of 1e-6 most
+updates would round away in bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from azr_jax.config import LearnConfig
+from azr_jax.models.transformer import Spec
+
+
+def learning_rate(config: LearnConfig, steps: int) -> optax.Schedule:
+    """Learning rate of update 0, 1, ...: `warmup` linear steps up to lr, then the schedule down to final_lr * lr.
+
+    The last of `steps` updates has the final rate; later ones keep it.
+    """
+    decay = max(steps - 1 - config.warmup, 1)
+    if config.schedule == "linear":
+        body = optax.linear_schedule(config.lr, config.lr * config.final_lr, decay)
+    elif config.schedule == "cosine":
+        body = optax.cosine_decay_schedule(config.lr, decay, alpha=config.final_lr)
+    else:
+        body = optax.constant_schedule(config.lr)
+    if config.warmup == 0:
+        return body
+    # Update 0 already moves: the ramp is lr / warmup, 2 lr / warmup, ..., lr.
+    ramp = optax.linear_schedule(config.lr / config.warmup, config.lr, max(config.warmup - 1, 1))
+    return optax.join_schedules([ramp, body], [config.warmup])
+
+
+def decayed(specs: Any) -> Any:
+    """Tree of bool: which weights are decayed. Matrices are; gains and biases are not."""
+    return jax.tree.map(lambda spec: spec.init == "normal", specs, is_leaf=lambda x: isinstance(x, Spec))
+
+
+def make_optimizer(config: LearnConfig, steps: int, specs: Any) -> optax.GradientTransformation:
+    """The chain clip -> Adam -> decoupled weight decay -> learning rate, for weights declared by `specs`."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.scale_by_adam(config.beta1, config.beta2),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed(specs)),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )

@@ -1,0 +1,181 @@
+"""The update: one compiled program from packed rows to new weights.
+
+A loop over micro-batches adds up gradients and token counts in float32 and divides once, so the result is the exact
+token mean over micro-batches, devices and hosts. The number of micro-batches is an argument of the program, not part
+of its shape: a step with fewer tokens costs less and compiles nothing. One optimizer step a batch, strictly on-policy
+(as the reference effectively does, docs/differences.md): there are no mini-batches and no epochs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from azr_jax.config import Config
+from azr_jax.dist.mesh import replicated, row_sharding, row_shards
+from azr_jax.learn.logprobs import next_token_logprobs
+from azr_jax.learn.loss import Totals, policy_loss
+from azr_jax.learn.optimizer import learning_rate, make_optimizer
+from azr_jax.learn.packing import PackedBatch
+from azr_jax.learn.state import TrainState, param_shardings, state_shardings
+from azr_jax.models.config import ModelConfig
+from azr_jax.models.transformer import Array, Params, forward, param_specs
+from azr_jax.tasks.kinds import KINDS, ROLES
+
+Batch = dict[str, Any]  # the arrays of a PackedBatch by name
+Update = Callable[[TrainState, PackedBatch], tuple[TrainState, dict[str, float]]]
+
+
+def micro_rows(config: Config, mesh: Mesh) -> int:
+    """Rows of a micro-batch: `learn.rows`, rounded up to a multiple of the devices that share them."""
+    shards = row_shards(mesh)
+    return -(-config.learn.rows // shards) * shards
+
+
+def row_logprobs(
+    params: Params, model_config: ModelConfig, rows: Batch, temperature: float, remat: bool = False
+) -> tuple[Array, Array]:
+    """Log-probability of every token given its prefix, and the entropy it was drawn with: float32 [B, T] each.
+
+    Aligned with tokens: position t is about token t. Position 0 of a segment has no prefix in it; there the values
+    are meaningless (the loss mask is 0).
+    """
+    hidden = forward(params, model_config, rows["tokens"], rows["positions"], rows["segments"], remat=remat)
+    targets = jnp.roll(rows["tokens"], -1, axis=1)
+    logprobs, entropy = next_token_logprobs(params, model_config, hidden, targets, temperature)
+    return jnp.roll(logprobs, 1, axis=1), jnp.roll(entropy, 1, axis=1)
+
+
+def summed_gradient(
+    params: Params, batch: Batch, n_micro: Array, config: Config, model_config: ModelConfig, mesh: Mesh
+) -> tuple[Params, Array, Totals]:
+    """Sums over the first n_micro micro-batches: float32 gradient of the loss numerator, that numerator, Totals."""
+    layout = param_shardings(model_config, mesh)
+    dtype = jnp.dtype(config.learn.dtype)
+    compute = jax.tree.map(lambda x: x.astype(dtype), params)  # once a step; the master stays float32
+
+    def numerator(weights: Params, rows: Batch) -> tuple[Array, Totals]:
+        logprobs, entropy = row_logprobs(weights, model_config, rows, config.rollout.temperature, config.learn.remat)
+        return policy_loss(
+            logprobs, entropy, rows["old_logprobs"], rows["advantages"], rows["loss_mask"], rows["group"], config.learn
+        )
+
+    def add(index: Array, carry: tuple[Params, Array, Totals]) -> tuple[Params, Array, Totals]:
+        gradient, loss, totals = carry
+        rows = {name: lax.dynamic_index_in_dim(array, index, keepdims=False) for name, array in batch.items()}
+        rows = lax.with_sharding_constraint(rows, row_sharding(mesh))
+        (value, new), grads = jax.value_and_grad(numerator, has_aux=True)(compute, rows)
+        gradient = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), gradient, grads)
+        return lax.with_sharding_constraint(gradient, layout), loss + value, totals.merge(new)
+
+    zero = lax.with_sharding_constraint(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), layout)
+    return lax.fori_loop(0, n_micro, add, (zero, jnp.zeros((), jnp.float32), Totals.zero()))
+
+
+def make_update(config: Config, model_config: ModelConfig, mesh: Mesh) -> Update:
+    """The function (state, batch) -> (state, metrics). The state given in is donated: use only the one returned.
+
+    metrics are floats named `learner/...` (docs/metrics.md). A gradient that is not finite leaves weights, moments and
+    schedule as they were and is counted in `state.skipped`; a batch without a single token is skipped too.
+    """
+    optimizer = make_optimizer(config.learn, config.steps, param_specs(model_config))
+    schedule = learning_rate(config.learn, config.steps)
+    shardings = state_shardings(config, model_config, mesh)
+    whole = replicated(mesh)
+
+    def update(state: TrainState, batch: Batch, n_micro: Array) -> tuple[TrainState, dict[str, Array]]:
+        gradient, numerator, totals = summed_gradient(state.params, batch, n_micro, config, model_config, mesh)
+        tokens = jnp.sum(totals.tokens)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), gradient)
+        grad_norm = optax.tree.norm(gradient)
+        healthy = jnp.isfinite(grad_norm) & (tokens > 0)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(healthy, a, b), new, old)
+
+        done = TrainState(
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(healthy, 0, 1).astype(jnp.int32),
+        )
+        count = state.step - state.skipped  # updates applied so far, the optimizer's own count
+        measured = {
+            "loss": numerator / jnp.maximum(tokens, 1.0),
+            "grad_norm": grad_norm,
+            "lr": jnp.asarray(schedule(count), jnp.float32),
+            "update_norm": jnp.where(healthy, optax.tree.norm(updates), 0.0),
+            "param_norm": optax.tree.norm(done.params),
+            "skipped": jnp.where(healthy, 0.0, 1.0),
+        }
+        return done, measured | _token_means(totals)
+
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
+
+    def run(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, float]]:
+        state, metrics = compiled(state, place(batch, mesh), np.int32(batch.n_micro))
+        return state, {f"learner/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+
+    run.compiled = compiled  # type: ignore[attr-defined]
+    return run
+
+
+def make_logprobs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Callable[[Params, PackedBatch], np.ndarray]:
+    """The function (params, batch) -> float32 [M, rows, T]: log-probs of the batch's tokens under these weights.
+
+    0 outside responses. In the learner's own precision and at the rollout temperature, so the difference to
+    `batch.old_logprobs` is the mismatch between sampler and learner.
+    """
+    dtype = jnp.dtype(config.learn.dtype)
+
+    @jax.jit
+    def compute(params: Params, batch: Batch, n_micro: Array) -> Array:
+        weights = jax.tree.map(lambda x: x.astype(dtype), params)
+
+        def one(index: Array, out: Array) -> Array:
+            rows = {name: lax.dynamic_index_in_dim(array, index, keepdims=False) for name, array in batch.items()}
+            rows = lax.with_sharding_constraint(rows, row_sharding(mesh))
+            logprobs, _ = row_logprobs(weights, model_config, rows, config.rollout.temperature)
+            return lax.dynamic_update_index_in_dim(out, logprobs * rows["loss_mask"], index, axis=0)
+
+        return lax.fori_loop(0, n_micro, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+    return lambda params, batch: np.asarray(compute(params, place(batch, mesh), np.int32(batch.n_micro)))
+
+
+def place(batch: PackedBatch, mesh: Mesh) -> Batch:
+    """The arrays of a packed batch on the mesh, rows over (data, fsdp)."""
+    arrays = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "n_micro"}
+    return jax.device_put(arrays, row_sharding(mesh, leading=1))
+
+
+def _token_means(totals: Totals) -> dict[str, Array]:
+    """Averages over trained tokens; a role without tokens this step has entropy 0."""
+    tokens = jnp.sum(totals.tokens)
+    share = 1.0 / jnp.maximum(tokens, 1.0)
+    by_role = (len(ROLES), len(KINDS))
+    role_tokens = totals.tokens.reshape(by_role).sum(axis=1)  # [2]
+    role_entropy = totals.entropy.reshape(by_role).sum(axis=1) / jnp.maximum(role_tokens, 1.0)
+    return {
+        "tokens": tokens,
+        "surrogate": totals.surrogate * share,
+        "entropy": jnp.sum(totals.entropy) * share,
+        **{f"entropy_{role.value}": role_entropy[index] for index, role in enumerate(ROLES)},
+        "ratio_mean": totals.ratio * share,
+        "ratio_max": totals.ratio_max,
+        "clip_low": totals.clipped_low * share,
+        "clip_high": totals.clipped_high * share,
+        "logp_gap_mean": totals.gap * share,
+        "logp_gap_max": totals.gap_max,
+        "kl": totals.k3 * share,
+    }

@@ -1,0 +1,1 @@
+"""Sampling from the policy: requests in, completions with their log-probabilities out."""

@@ -1,0 +1,138 @@
+"""The clipped objective: by hand, by finite differences on a 5-token vocabulary, and what masks and clips remove."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from azr_jax.config import LearnConfig
+from azr_jax.learn.loss import Totals, policy_loss
+
+CONFIG = LearnConfig(clip_low=0.2, clip_high=0.3, entropy_coef=0.05)
+T = 6
+
+
+def batch(seed: int = 0, spread: float = 0.3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    mask = np.array([[0, 1, 1, 0, 1, 1]], np.float32)
+    old = rng.normal(-1.5, 0.5, (1, T)).astype(np.float32)
+    return {
+        "logprobs": old + rng.normal(0, spread, (1, T)).astype(np.float32),
+        "entropy": rng.uniform(0.5, 1.5, (1, T)).astype(np.float32),
+        "old_logprobs": old,
+        "advantages": rng.normal(size=(1, T)).astype(np.float32),
+        "mask": mask,
+        "group": np.where(mask > 0, [[-1, 0, 0, -1, 4, 5]], -1).astype(np.int32),
+    }
+
+
+@jax.jit
+def loss(**arrays) -> tuple[jax.Array, Totals]:
+    return policy_loss(**arrays, config=CONFIG)
+
+
+def test_golden_three_tokens() -> None:
+    # ratios 1.5, 1.5, 0.5; advantages 2, -1, -2; bounds 0.8 and 1.3:
+    # -min(3.0, 2.6) = -2.6; -min(-1.5, -1.3) = 1.5; -min(-1.0, -1.6) = 1.6; entropies 1 + 2 + 3, coefficient 0.05
+    value, totals = loss(
+        logprobs=np.log([[1.5, 1.5, 0.5]]).astype(np.float32),
+        entropy=np.array([[1.0, 2.0, 3.0]], np.float32),
+        old_logprobs=np.zeros((1, 3), np.float32),
+        advantages=np.array([[2.0, -1.0, -2.0]], np.float32),
+        mask=np.ones((1, 3), np.float32),
+        group=np.array([[0, 0, 3]], np.int32),
+    )
+    assert float(value) == pytest.approx(-2.6 + 1.5 + 1.6 - 0.05 * 6.0, abs=1e-5)
+    assert float(totals.surrogate) == pytest.approx(0.5, abs=1e-5)
+    np.testing.assert_allclose(totals.tokens, [2, 0, 0, 1, 0, 0])
+    np.testing.assert_allclose(totals.entropy, [3, 0, 0, 3, 0, 0], rtol=1e-6)
+    assert (float(totals.clipped_low), float(totals.clipped_high)) == (1.0, 1.0)
+    assert float(totals.ratio) == pytest.approx(3.5, abs=1e-5)
+    assert float(totals.ratio_max) == pytest.approx(1.5, abs=1e-5)
+    assert float(totals.gap_max) == pytest.approx(np.log(2.0), abs=1e-5)
+    assert float(totals.k3) == pytest.approx(2 * (0.5 - np.log(1.5)) + (-0.5 + np.log(2.0)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gradient"),
+    [
+        (1.0, 1.7, -1.7),  # strictly on-policy: the REINFORCE gradient -A
+        (1.31, 1.0, 0.0),  # above the band, good token: no more reward for going further
+        (1.31, -1.0, 1.31),  # above the band, bad token: still pushed back
+        (0.79, -1.0, 0.0),
+        (0.79, 1.0, -0.79),
+        (1.25, 1.0, -1.25),  # clip_high is 0.3, not 0.2
+    ],
+)
+def test_gradient_is_zero_exactly_outside_the_band(ratio: float, advantage: float, gradient: float) -> None:
+    one = np.ones((1, 1), np.float32)
+
+    def value(logprob):
+        return loss(
+            logprobs=jnp.reshape(logprob, (1, 1)),
+            entropy=0 * one,
+            old_logprobs=0 * one,
+            advantages=advantage * one,
+            mask=one,
+            group=np.zeros((1, 1), np.int32),
+        )[0]
+
+    assert float(jax.jit(jax.grad(value))(np.float32(np.log(ratio)))) == pytest.approx(gradient, abs=1e-5)
+
+
+def test_finite_differences_on_five_tokens() -> None:
+    rng = np.random.default_rng(1)
+    arrays = batch()
+    targets = rng.integers(0, 5, T)
+    logits = rng.normal(size=(T, 5))
+    arrays["old_logprobs"] = rng.normal(-1.6, 0.4, (1, T)).astype(np.float32)
+
+    def ours(x):
+        logp = jax.nn.log_softmax(x)
+        arrays["logprobs"] = logp[jnp.arange(T), targets][None]
+        arrays["entropy"] = -jnp.sum(jnp.exp(logp) * logp, axis=-1)[None]
+        return loss(**arrays)[0]
+
+    def exact(x):
+        p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+        ratio = p[np.arange(T), targets] / np.exp(arrays["old_logprobs"][0].astype(np.float64))
+        a = arrays["advantages"][0].astype(np.float64)
+        entropy = -(p * np.log(p)).sum(axis=1)
+        return (arrays["mask"][0] * (-np.minimum(ratio * a, np.clip(ratio, 0.8, 1.3) * a) - 0.05 * entropy)).sum()
+
+    assert float(jax.jit(ours)(logits.astype(np.float32))) == pytest.approx(exact(logits), abs=1e-5)
+    want, step = np.zeros_like(logits), 1e-5
+    for index in np.ndindex(logits.shape):
+        moved = np.zeros_like(logits)
+        moved[index] = step
+        want[index] = (exact(logits + moved) - exact(logits - moved)) / (2 * step)
+    np.testing.assert_allclose(jax.jit(jax.grad(ours))(logits.astype(np.float32)), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "entropy", "old_logprobs", "advantages"])
+def test_masked_positions_count_for_nothing_and_all_others_count(name: str) -> None:
+    arrays = batch(spread=0.05)  # inside the clip band, where every log-prob matters
+    before = loss(**arrays)
+    for position in range(T):
+        changed = {key: value.copy() for key, value in arrays.items()}
+        changed[name][0, position] += 0.01
+        after = loss(**changed)
+        if arrays["mask"][0, position]:
+            assert float(after[0]) != float(before[0])
+        else:
+            jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_totals_merge_sums_and_maxima() -> None:
+    first, second = loss(**batch(0))[1], loss(**batch(1))[1]
+    both = loss(**{key: np.concatenate([batch(0)[key], batch(1)[key]]) for key in batch()})[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first.merge(second), both)
+    jax.tree.map(np.testing.assert_array_equal, Totals.zero().merge(first), first)
+
+
+def test_an_absurd_token_does_not_overflow() -> None:
+    arrays = batch()
+    arrays["old_logprobs"][0, 1] = -1e30
+    assert np.isfinite(loss(**arrays)[0])
