@@ -1,0 +1,1 @@
+"""Measuring the policy on tasks it never trained on."""

@@ -1,0 +1,77 @@
+"""Evaluation around training: the fixed held-out set every few steps, and fresh tasks once, before against after.
+
+The fixed set gives the curve and is looked at many times; the claim at the end is made on fresh tasks that nothing was
+chosen by. Both are paired: the same tasks, prompts and random keys for every set of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from azr_jax.evals.heldout import SPLITS, Outcome, held_out_tasks
+from azr_jax.evals.intervals import Estimate, paired_difference
+from azr_jax.tasks.kinds import KINDS, Kind, Task
+from azr_jax.telemetry.progress import Comparison
+
+#: Seeds of the sets. The fixed one is the same in every run; fresh ones are the run's own.
+FIXED_SEED, FRESH_SEED = 0, 1_000_000
+MODES = {"sampled": 1.0, "greedy": 0.0}  # mode -> temperature
+
+#: (tasks, temperature) -> what the current weights do on them.
+Evaluate = Callable[[list[Task], float], Outcome]
+
+
+def _kinds() -> list[tuple[str, Kind | None]]:
+    return [*((kind.value, kind) for kind in KINDS), ("pooled", None)]
+
+
+class FixedEvaluation:
+    """The fixed set; remembers the first outcome, so that later ones are reported as paired gains."""
+
+    def __init__(self, per_kind: int) -> None:
+        self.tasks = held_out_tasks("standard", per_kind, FIXED_SEED)
+        self.baseline: dict[str, list[bool]] = {}
+
+    def measure(self, evaluate: Evaluate) -> dict[str, float]:
+        """eval/ metrics of the current weights."""
+        row: dict[str, float] = {}
+        for mode, temperature in MODES.items():
+            outcome = evaluate(self.tasks, temperature)
+            first = self.baseline.setdefault(mode, list(outcome.correct))
+            for name, kind in _kinds():
+                _put(row, f"eval/{mode}/{name}", outcome.accuracy(kind))
+                gain = paired_difference(outcome.of(kind, first), outcome.of(kind, outcome.correct))
+                _put(row, f"eval/gain/{mode}/{name}", gain)
+                row[f"eval/count/{name}"] = float(gain.n)
+            thinks = [t for k in (Kind.DEDUCTION, Kind.ABDUCTION) for t in outcome.of(k, outcome.thinks)]
+            row[f"eval/think_share/{mode}"] = sum(thinks) / len(thinks)
+            row[f"eval/length/{mode}"] = outcome.mean_length()
+        return row
+
+
+def _put(row: dict[str, float], name: str, estimate: Estimate) -> None:
+    row[name], row[f"{name}_low"], row[f"{name}_high"] = estimate.value, estimate.low, estimate.high
+
+
+def fresh_comparison(before: Evaluate, after: Evaluate, per_kind: int, seed: int) -> list[Comparison]:
+    """Two sets of weights on tasks neither was ever measured on: by kind and pooled, longer programs, bigger values.
+
+    The out-of-distribution splits have half as many tasks of each of their two kinds.
+    """
+    lines = []
+    for split in SPLITS:
+        tasks = held_out_tasks(split, per_kind if split == "standard" else -(-per_kind // 2), FRESH_SEED + seed)
+        for mode, temperature in MODES.items():
+            old, new = before(tasks, temperature), after(tasks, temperature)
+            for name, kind in _kinds() if split == "standard" else [(split, None)]:
+                gain = new.gain_over(old, kind)
+                a, b = old.accuracy(kind).value, new.accuracy(kind).value
+                lines.append(Comparison(mode, name, a, b, gain.value, gain.low, gain.high, gain.n))
+    return sorted(lines, key=lambda line: list(MODES).index(line.mode))
+
+
+def to_json(lines: list[Comparison]) -> list[dict[str, Any]]:
+    """The comparison as JSON-able rows."""
+    return [asdict(line) for line in lines]

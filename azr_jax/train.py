@@ -1,0 +1,279 @@
+"""One run: weights, buffers, step after step, saved so that a kill costs at most the steps since the last save.
+
+The algorithm is in `selfplay.py` and `learn/`; this file puts a step together, writes the run folder, evaluates,
+saves and resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from dataclasses import replace
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+
+from azr_jax.checkpoint import Checkpointer
+from azr_jax.config import PRESETS, Config
+from azr_jax.config_loader import config_to_yaml
+from azr_jax.dist.mesh import make_mesh
+from azr_jax.evals.heldout import evaluate
+from azr_jax.evals.schedule import Evaluate, FixedEvaluation, fresh_comparison, to_json
+from azr_jax.executor import ExecutorPool
+from azr_jax.learn.advantage import task_relative
+from azr_jax.learn.packing import micro_bound, pack
+from azr_jax.learn.state import TrainState, init_state
+from azr_jax.learn.step import make_update, micro_rows
+from azr_jax.micro.language import is_held_out
+from azr_jax.models.config import ModelConfig
+from azr_jax.models.tokenizer import load_tokenizer
+from azr_jax.models.transformer import Params
+from azr_jax.models.weights import load_weights, model_folder
+from azr_jax.rollout.engine import Engine
+from azr_jax.selfplay import Attempt, SelfPlay, Step
+from azr_jax.signals import GracefulStop
+from azr_jax.tasks.buffers import TaskBuffers
+from azr_jax.tasks.compact import CompactFormat
+from azr_jax.tasks.kinds import GROUPS, KINDS, Role
+from azr_jax.tasks.prompts import select_format
+from azr_jax.telemetry import oversight
+from azr_jax.telemetry.progress import Progress, before_after_table, comparisons
+from azr_jax.telemetry.report import write_report
+from azr_jax.telemetry.run_folder import RunFolder
+from azr_jax.telemetry.step_metrics import step_metrics
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """Everything built from a config: model, sampler, self-play, learner, evaluation."""
+
+    def __init__(self, config: Config, pool: ExecutorPool) -> None:
+        self.config = config
+        self.folder = model_folder(config.model)
+        self.model = ModelConfig.load(self.folder)
+        self.mesh = make_mesh(config.mesh)
+        self.prompts = select_format(config.tasks.prompt_format, config.model)
+        tokenizer = load_tokenizer(self.folder)
+        self.engine = Engine(self.model, config.rollout, tokenizer, self.mesh, self.prompts.stop)
+        micro = isinstance(self.prompts, CompactFormat)
+        self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, is_held_out if micro else lambda _: False)
+        self.pool = pool
+        self.evaluation = FixedEvaluation(config.eval.per_kind) if micro and config.eval.every else None
+        self.update = make_update(config, self.model, self.mesh)
+        self.rows = micro_rows(config, self.mesh)
+        self.row_tokens = config.learn.row_tokens or config.rollout.max_prompt + config.rollout.max_response
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first update."""
+        return init_state(load_weights(self.folder, self.model), self.config, self.model, self.mesh)
+
+    def sampling_weights(self, state: TrainState) -> Params:
+        """The weights as the learner's forward pass sees them, so that sampler and learner agree."""
+        dtype = jnp.dtype(self.config.learn.dtype)
+        return state.params if dtype == jnp.float32 else jax.tree.map(lambda w: w.astype(dtype), state.params)
+
+    def evaluator(self, params: Params) -> Evaluate:
+        """Evaluate given weights on a list of tasks."""
+        return lambda tasks, temperature: evaluate(
+            self.engine, params, self.pool, self.prompts, tasks, temperature, self.config.seed
+        )
+
+    def learn(self, state: TrainState, step: Step) -> tuple[TrainState, dict[str, float]]:
+        """One policy-gradient update on a step's trajectories: six baselines, packed rows, one optimizer step."""
+        trajectories = [attempt.trajectory() for attempt in step.trained(self.config)]
+        if self.config.control == "no_updates" or not trajectories:
+            return state, {}
+        advantages, stats = task_relative(
+            [t.reward for t in trajectories],
+            [t.group for t in trajectories],
+            [len(t.response) for t in trajectories],
+            PRESETS[self.config.preset].whitening,
+        )
+        batch = pack(trajectories, advantages, self.row_tokens, self.rows, self._most_micro_batches())
+        state, metrics = self.update(state, batch)
+        for role, kind in GROUPS:
+            spread = stats.get(f"{role.value}_{kind.value}/std")
+            if spread is not None:
+                metrics[f"learner/reward_std/{role.value}/{kind.value}"] = spread
+        metrics["learner/rows"] = float(batch.n_micro * self.rows)
+        metrics["learner/padding"] = batch.padding_share
+        return state, metrics
+
+    def _most_micro_batches(self) -> int:
+        """The static size of a packed batch: what the largest possible step needs."""
+        tasks = self.config.tasks
+        most = len(GROUPS) * tasks.batch
+        if self.config.learn.reuse_estimates:
+            most += len(KINDS) * tasks.batch * tasks.samples
+        longest = self.config.rollout.max_prompt + self.config.rollout.max_response
+        return micro_bound(most, longest, self.row_tokens, self.rows)
+
+
+def train(config: Config, config_path: str, allow_config_change: bool = False) -> int:
+    """`azr-jax train`: run or resume; returns the exit code. `config_path` is only shown."""
+    folder = RunFolder.open(config.run_dir, config_to_yaml(config), allow_config_change)
+    with folder, GracefulStop() as stop, ExecutorPool(config.executor) as pool:
+        run = Run(config, pool)
+        checkpoints = Checkpointer(folder.checkpoints, config.checkpoint.keep)
+        log.info(
+            "%s: preset %s %s, control %s, %d parameters on %d device(s), run folder %s",
+            config_path,
+            config.preset,
+            PRESETS[config.preset],
+            config.control,
+            run.model.num_params,
+            run.mesh.size,
+            folder.path,
+        )
+        state, number = _resume_or_seed(run, checkpoints, folder)
+        progress = Progress(config.steps)
+        while number < config.steps and not stop.requested:
+            started = time.monotonic()
+            number += 1
+            step = run.selfplay.step(run.sampling_weights(state), number)
+            with run.selfplay.timed("update"):
+                state, learned = run.learn(state, step)
+            step.seconds.update(run.selfplay.seconds - step.seconds)
+            metrics = step_metrics(step, run.selfplay.buffers, run.prompts) | learned
+            metrics |= _machine_metrics(run, step)
+            last = number == config.steps
+            if run.evaluation and (number % config.eval.every == 0 or last):
+                metrics |= _timed_evaluation(run, state)
+            metrics["time/step"] = time.monotonic() - started
+            _write(folder, run, step, metrics)
+            if number % config.checkpoint.every == 0 or last or stop.requested:
+                _save(checkpoints, number, state, run)
+            log.info("%s", progress.line(number, metrics))
+        if number < config.steps:
+            log.info("stopped after step %d of %d; resumable: run the same command again", number, config.steps)
+            return stop.exit_code
+        _finish(run, state, folder)
+    return stop.exit_code
+
+
+def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int]:
+    """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0."""
+    state = run.fresh_state()
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        number, state, extra = restored
+        run.selfplay.buffers = TaskBuffers.from_json(extra["buffers"], run.selfplay.rules)
+        if run.evaluation:
+            run.evaluation.baseline = extra["baseline"]
+        folder.truncate_after(number)
+        log.info("resuming after step %d", number)
+        return state, number
+    folder.truncate_after(-1)
+    log.info("seeding the buffers from the identity program")
+    params = run.sampling_weights(state)
+    run.selfplay.seed(params)
+    log.info("seeded: %s", {kind.value: run.selfplay.buffers.size(kind) for kind in KINDS})
+    metrics = run.selfplay.buffers.metrics(0)
+    if run.evaluation:
+        metrics |= _timed_evaluation(run, state)
+    folder.append_tasks(0, [task.to_json() for kind in KINDS for task in run.selfplay.buffers.tasks(kind)])
+    folder.append_metrics(0, metrics)
+    _save(checkpoints, 0, state, run)
+    return state, 0
+
+
+def _save(checkpoints: Checkpointer, number: int, state: TrainState, run: Run) -> None:
+    baseline = run.evaluation.baseline if run.evaluation else {}
+    checkpoints.save(number, state, {"buffers": run.selfplay.buffers.to_json(), "baseline": baseline})
+
+
+def _timed_evaluation(run: Run, state: TrainState) -> dict[str, float]:
+    assert run.evaluation is not None
+    started = time.monotonic()
+    row = run.evaluation.measure(run.evaluator(run.sampling_weights(state)))
+    shown = [f"{name} {100 * row[f'eval/sampled/{name}']:.1f}" for name in (*(k.value for k in KINDS), "pooled")]
+    gain = row["eval/gain/sampled/pooled"], row["eval/gain/greedy/pooled"]
+    points = "sampled %+.1f, greedy %+.1f" % tuple(100 * g for g in gain)
+    log.info("held-out pass@1 in %%, sampled: %s; gain since the start: %s points", ", ".join(shown), points)
+    return row | {"time/eval": time.monotonic() - started}
+
+
+def _machine_metrics(run: Run, step: Step) -> dict[str, float]:
+    attempts = [*step.proposals, *step.estimates, *step.solutions]
+    tokens = sum(len(a.completion.tokens) for a in attempts if a.completion)
+    generating = step.seconds["propose"] + step.seconds["solve"]
+    truncated = sum(a.completion is not None and a.completion.finish == "length" for a in attempts)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    return {
+        "sampler/sequences": float(len(attempts)),
+        "sampler/tokens": float(tokens),
+        "sampler/tokens_per_second": tokens / max(generating, 1e-9),
+        "sampler/truncated": truncated / max(len(attempts), 1),
+        "perf/rss_mb": rss,
+    } | {f"executor/{name}": value for name, value in run.pool.stats().items()}
+
+
+def _write(folder: RunFolder, run: Run, step: Step, metrics: dict[str, float]) -> None:
+    """A step's rows of the run folder."""
+    valid = [a for a in step.proposals if a.task is not None]
+    folder.append_tasks(
+        step.number,
+        [a.task.to_json() | {"outcome": a.outcome.value, "solve_rate": a.solve_rate} for a in valid if a.task],
+    )
+    shown = [*step.proposals, *step.solutions]
+    folder.write_rollouts(step.number, [_rollout(a, run.engine.tokenizer.decode(a.prompt), run.config) for a in shown])
+    records, flags = [], []
+    for attempt in shown:
+        found = oversight.scan(attempt.response, attempt.proposal.program if attempt.proposal else "")
+        flags += found
+        records += [
+            {"step": step.number, "role": attempt.role.value, "kind": attempt.kind.value, "response": attempt.response}
+            | {"category": flag.category, "rule": flag.rule, "excerpt": flag.excerpt}
+            for flag in found
+        ]
+    folder.append_oversight(records)
+    metrics["oversight/scanned"] = float(len(shown))
+    metrics["oversight/flagged_share"] = len({r["response"] for r in records}) / max(len(shown), 1)
+    metrics |= {f"oversight/flags/{category}": float(n) for category, n in oversight.counts(flags).items()}
+    folder.append_metrics(step.number, metrics)
+
+
+def _rollout(attempt: Attempt, prompt: str, config: Config) -> dict[str, Any]:
+    verdict = attempt.reason or attempt.outcome.value
+    if attempt.role is Role.SOLVE:
+        verdict = "correct" if attempt.correct else ("wrong" if attempt.answer is not None else "format")
+    return {
+        "role": attempt.role.value,
+        "kind": attempt.kind.value,
+        "prompt": prompt,
+        "response": attempt.response,
+        "verdict": verdict,
+        "solve_rate": attempt.solve_rate,
+        "reward": attempt.reward,
+        "trained": attempt.scored and not (attempt.role is Role.PROPOSE and config.control == "frozen_proposer"),
+    }
+
+
+def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
+    """The table before/after and the report."""
+    lines = comparisons(folder.read_metrics())
+    if run.evaluation and run.config.eval.final_per_kind:
+        log.info("comparing before and after on fresh held-out tasks")
+        before = run.evaluator(run.sampling_weights(run.fresh_state()))
+        after = run.evaluator(run.sampling_weights(state))
+        lines = fresh_comparison(before, after, run.config.eval.final_per_kind, run.config.seed)
+        (folder.path / "outcome.json").write_text(json.dumps(to_json(lines), indent=1) + "\n")
+    if lines:
+        log.info("held-out tasks, before and after:\n%s", before_after_table(lines))
+    log.info("report: %s", write_report(folder.path))
+
+
+def seed(config: Config, out: TextIO) -> int:
+    """`azr-jax seed`: only the seed buffers, one task a line."""
+    with ExecutorPool(config.executor) as pool:
+        run = Run(replace(config, eval=replace(config.eval, every=0)), pool)
+        run.selfplay.seed(run.sampling_weights(run.fresh_state()))
+        for kind in KINDS:
+            for task in run.selfplay.buffers.tasks(kind):
+                out.write(json.dumps(task.to_json()) + "\n")
+    return 0
