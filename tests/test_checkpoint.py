@@ -1,0 +1,238 @@
+"""Checkpoints: bit-exact, resharded, atomic under SIGKILL, and never wrong when files are damaged."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from azr_jax.checkpoint import Checkpointer
+from azr_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+EXTRA = {"text": "\ud800\u00e9", "tenth": 0.1, "nan": float("nan"), "rows": [[1, [2, None]], {"b": 1, "a": True}]}
+
+
+def mesh_of(count: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:count]), ("fsdp",))
+
+
+def make_state(mesh: Mesh, seed: int = 0) -> dict:
+    """Odd values on purpose: NaN with a payload, signed zeros, subnormals, infinities."""
+    weights = jax.random.normal(jax.random.key(seed), (64, 24))
+    odd = np.array([0x7FC01234, 0x80000000, 0x00000001, 0x7F800000, 0xFF800000], np.uint32).view(np.float32)
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp"))
+    return {
+        "params": {"w": jax.device_put(weights, rows), "half": jax.device_put(weights.astype(jnp.bfloat16), rows)},
+        "odd": jax.device_put(odd, whole),
+        "step": jax.device_put(jnp.int32(seed), whole),
+        "key": jax.device_put(jax.random.key_data(jax.random.key(seed)), whole),
+        "mask": jax.device_put(jnp.array([True, False]), whole),
+    }
+
+
+def abstract(mesh: Mesh) -> dict:
+    """make_state's shapes, on another mesh."""
+    specs = {leaf.shape: P("fsdp") if leaf.ndim == 2 else P() for leaf in jax.tree.leaves(make_state(mesh_of(1)))}
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[x.shape])),
+        make_state(mesh_of(1)),
+    )
+
+
+def bits(state) -> list[tuple[str, bytes]]:
+    return [(str(leaf.dtype), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 8), (8, 4), (4, 8), (1, 8), (8, 1)])
+def test_exact_on_any_mesh(tmp_path, saved_on, restored_on):
+    keeper = Checkpointer(tmp_path / "checkpoints", keep=2)
+    state = make_state(mesh_of(saved_on))
+    keeper.save(7, state, EXTRA)
+    found = Checkpointer(tmp_path / "checkpoints", keep=2).restore(abstract(mesh_of(restored_on)))
+    assert found is not None
+    step, restored, extra = found
+    assert step == 7 and bits(restored) == bits(state)
+    assert repr(extra) == repr(EXTRA), "also the order of keys; nan is not equal to itself, its text is"
+    assert restored["params"]["w"].sharding == NamedSharding(mesh_of(restored_on), P("fsdp"))
+    assert len(restored["params"]["w"].sharding.device_set) == restored_on
+
+
+def test_nothing_saved_yet(tmp_path):
+    keeper = Checkpointer(tmp_path / "none", keep=1)
+    assert keeper.latest() is None and keeper.restore(abstract(mesh_of(1))) is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_keeps_the_newest(tmp_path):
+    keeper = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2, 10, 1_000_000):
+        keeper.save(step, make_state(mesh_of(2), step), {"step": step})
+    assert keeper.steps() == [10, 1_000_000] and keeper.latest() == 1_000_000
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_000010", "step_1000000"]
+    keeper.save(1_000_000, make_state(mesh_of(2), 5), {"again": True})
+    found = keeper.restore(abstract(mesh_of(2)))
+    assert found is not None and int(found[1]["step"]) == 5 and keeper.read_extra(1_000_000) == {"again": True}
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "zeroed":
+        path.write_bytes(bytes(len(data)))
+    elif how == "one bit":
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 1
+        path.write_bytes(bytes(flipped))
+
+
+@pytest.mark.parametrize("how", ["deleted", "truncated", "zeroed", "one bit"])
+def test_whatever_file_is_damaged_the_state_restored_is_one_that_was_saved(tmp_path, how, caplog, capfd):
+    """Each file of the newest checkpoint in turn: it is read right, or skipped with a warning for the older one."""
+    keeper = Checkpointer(tmp_path, keep=3)
+    saved = {step: make_state(mesh_of(4), step) for step in (1, 2)}
+    for step, state in saved.items():
+        keeper.save(step, state, {"step": step, "buffer": ["x" * 50]})
+    skipped = 0
+    for path in sorted(entry for entry in keeper.path(2).rglob("*") if entry.is_file()):
+        intact = path.read_bytes()
+        damage(path, how)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = keeper.restore(abstract(mesh_of(4)))
+        assert found is not None
+        step, state, extra = found
+        assert bits(state) == bits(saved[step]) and extra["step"] == step, path
+        assert (step == 1) == ("skipping checkpoint" in caplog.text), path
+        assert len(caplog.messages) == (step == 1) and not any("\n" in message for message in caplog.messages)
+        skipped += step == 1
+        path.write_bytes(intact)
+    assert skipped >= 3, "arrays, their index and the JSON part at least"
+    output = capfd.readouterr()
+    assert "Traceback" not in output.err + output.out, "one clear line, no pages"
+
+
+def test_going_on_after_a_damaged_newest_one(tmp_path):
+    keeper = Checkpointer(tmp_path, keep=2)
+    for step in (4, 8):
+        keeper.save(step, make_state(mesh_of(1), step), {})
+    damage(keeper.path(8) / "extra/metadata", "truncated")
+    found = keeper.restore(abstract(mesh_of(1)))
+    assert found is not None and found[0] == 4
+    keeper.save(6, make_state(mesh_of(1), 6), {})  # stopped before it reached 8 again
+    assert keeper.steps() == [4, 6], "the damaged one is gone, the good ones are not"
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
+    keeper = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2):
+        keeper.save(step, make_state(mesh_of(1)), {})
+        damage(keeper.path(step) / "extra/metadata", "zeroed")
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints .* can be read \(steps 1, 2\)"):
+        keeper.restore(abstract(mesh_of(1)))
+
+
+def test_another_model_is_named_not_skipped(tmp_path):
+    keeper = Checkpointer(tmp_path, keep=2)
+    keeper.save(1, make_state(mesh_of(1)), {})
+    other = abstract(mesh_of(1))
+    other["params"]["w"] = jax.ShapeDtypeStruct((64, 25), jnp.float32)
+    with pytest.raises(UserError, match=r"\['params'\]\['w'\] is float32\[64, 24\] there and float32\[64, 25\] here"):
+        keeper.restore(other)
+    other = abstract(mesh_of(1))
+    del other["mask"]
+    with pytest.raises(UserError, match=r"\['mask'\] is bool\[2\] there and absent here"):
+        keeper.restore(other)
+
+
+def test_exchanged_and_moved_elements_change_the_fingerprint(tmp_path):
+    """What a sum without positions would not notice."""
+    from azr_jax.checkpoint import _fingerprints
+
+    x = np.arange(1, 25, dtype=np.float32).reshape(4, 6)
+    marks = [_fingerprints([jnp.asarray(y)])[0] for y in (x, x[::-1], x[:, ::-1], np.roll(x, 1), np.roll(x, 1, axis=0))]
+    assert len(set(marks)) == len(marks)
+    sharded = jax.device_put(jnp.asarray(x), NamedSharding(mesh_of(2), P("fsdp")))
+    assert _fingerprints([sharded, jnp.zeros(3), jnp.zeros((0,))]) == [marks[0], 0, 0]
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", Path("/proc/azr_jax_checkpoints")):
+        with pytest.raises(UserError, match="cannot write a checkpoint to .*no checkpoint exists yet") as caught:
+            Checkpointer(folder, keep=1).save(1, make_state(mesh_of(1)), {})
+        assert str(folder) in str(caught.value)
+    with pytest.raises(UserError, match="at least 1"):
+        Checkpointer(tmp_path, keep=0)
+    with pytest.raises(TypeError):
+        Checkpointer(tmp_path, keep=1).save(1, make_state(mesh_of(1)), {"no": object()})
+
+
+CHILD = """
+import resource, signal, sys
+import jax.numpy as jnp
+from azr_jax.checkpoint import Checkpointer
+from azr_jax.errors import UserError
+keeper = Checkpointer(sys.argv[1], keep=2)
+state = lambda step: {"w": jnp.full((256, 1024), step, jnp.float32), "n": jnp.int32(step)}
+if sys.argv[2] == "full":
+    keeper.save(1, state(1), {"step": 1})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        keeper.save(2, {"w": jnp.arange(2**18, dtype=jnp.float32) ** 0.5}, {})
+    except UserError as error:
+        print(error)
+else:
+    for step in range(1, 10**6):
+        keeper.save(step, state(step), {"step": step})
+        print(step, flush=True)
+"""
+
+
+def child(folder: Path, mode: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, str(folder), mode]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """A limit on the size of files stands in for it: the same failing write, deep inside the array storage."""
+    output, errors = child(tmp_path, "full").communicate()
+    assert "cannot write a checkpoint" in output and "step 1 is untouched" in output
+    assert "Traceback" not in errors
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001"], "nothing half-written stays"
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.013])
+def test_sigkill_while_saving(tmp_path, delay):
+    saver = child(tmp_path, "forever")
+    assert saver.stdout is not None and saver.stderr is not None
+    for _ in range(5):
+        last = int(saver.stdout.readline())
+    time.sleep(delay)
+    os.kill(saver.pid, signal.SIGKILL)
+    rest = saver.communicate()[0].split()
+    last = int(rest[-1]) if rest else last
+    keeper = Checkpointer(tmp_path, keep=2)
+    like = {"w": jnp.zeros((256, 1024)), "n": jnp.int32(0)}
+    found = keeper.restore(like)
+    assert found is not None
+    step, state, extra = found
+    assert step in (last, last + 1) and extra == {"step": step}
+    assert int(state["n"]) == step and bool((state["w"] == step).all())
+    keeper.save(step + 1, like, {})
+    assert len(list(tmp_path.iterdir())) == 2, "leftovers of the killed save are cleared away"
