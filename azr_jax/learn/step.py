@@ -41,14 +41,22 @@ def micro_rows(config: Config, mesh: Mesh) -> int:
 
 
 def row_logprobs(
-    params: Params, model_config: ModelConfig, rows: Batch, temperature: float, remat: bool = False
+    params: Params, model_config: ModelConfig, rows: Batch, temperature: float, mesh: Mesh, remat: bool = False
 ) -> tuple[Array, Array]:
     """Log-probability of every token given its prefix, and the entropy it was drawn with: float32 [B, T] each.
 
     Aligned with tokens: position t is about token t. Position 0 of a segment has no prefix in it; there the values
     are meaningless (the loss mask is 0).
     """
-    hidden = forward(params, model_config, rows["tokens"], rows["positions"], rows["segments"], remat=remat)
+    hidden = forward(
+        params,
+        model_config,
+        rows["tokens"],
+        rows["positions"],
+        rows["segments"],
+        remat=remat,
+        constrain=lambda x: lax.with_sharding_constraint(x, row_sharding(mesh)),
+    )
     targets = jnp.roll(rows["tokens"], -1, axis=1)
     logprobs, entropy = next_token_logprobs(params, model_config, hidden, targets, temperature)
     return jnp.roll(logprobs, 1, axis=1), jnp.roll(entropy, 1, axis=1)
@@ -63,7 +71,9 @@ def summed_gradient(
     compute = jax.tree.map(lambda x: x.astype(dtype), params)  # once a step; the master stays float32
 
     def numerator(weights: Params, rows: Batch) -> tuple[Array, Totals]:
-        logprobs, entropy = row_logprobs(weights, model_config, rows, config.rollout.temperature, config.learn.remat)
+        logprobs, entropy = row_logprobs(
+            weights, model_config, rows, config.rollout.temperature, mesh, config.learn.remat
+        )
         return policy_loss(
             logprobs, entropy, rows["old_logprobs"], rows["advantages"], rows["loss_mask"], rows["group"], config.learn
         )
@@ -145,7 +155,7 @@ def make_logprobs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Call
         def one(index: Array, out: Array) -> Array:
             rows = {name: lax.dynamic_index_in_dim(array, index, keepdims=False) for name, array in batch.items()}
             rows = lax.with_sharding_constraint(rows, row_sharding(mesh))
-            logprobs, _ = row_logprobs(weights, model_config, rows, config.rollout.temperature)
+            logprobs, _ = row_logprobs(weights, model_config, rows, config.rollout.temperature, mesh)
             return lax.dynamic_update_index_in_dim(out, logprobs * rows["loss_mask"], index, axis=0)
 
         return lax.fori_loop(0, n_micro, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
