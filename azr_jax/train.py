@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
-import sys
 import time
 from dataclasses import replace
 from typing import Any, TextIO
@@ -41,6 +39,7 @@ from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import GROUPS, KINDS, Role
 from azr_jax.tasks.prompts import select_format
 from azr_jax.telemetry import oversight
+from azr_jax.telemetry.process import CompileCounter, resident_mb
 from azr_jax.telemetry.progress import Progress, before_after_table, comparisons
 from azr_jax.telemetry.report import write_report
 from azr_jax.telemetry.run_folder import RunFolder
@@ -54,6 +53,7 @@ class Run:
 
     def __init__(self, config: Config, pool: ExecutorPool) -> None:
         self.config = config
+        self.compiles = CompileCounter()
         self.folder = model_folder(config.model)
         self.model = ModelConfig.load(self.folder)
         self.mesh = make_mesh(config.mesh)
@@ -131,7 +131,7 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             folder.path,
         )
         state, number = _resume_or_seed(run, checkpoints, folder)
-        progress = Progress(config.steps)
+        progress, saved = Progress(config.steps), number
         while number < config.steps and not stop.requested:
             started = time.monotonic()
             number += 1
@@ -141,14 +141,16 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             step.seconds.update(run.selfplay.seconds - step.seconds)
             metrics = step_metrics(step, run.selfplay.buffers, run.prompts) | learned
             metrics |= _machine_metrics(run, step)
-            last = number == config.steps
-            if run.evaluation and (number % config.eval.every == 0 or last):
+            if run.evaluation and (number % config.eval.every == 0 or number == config.steps):
                 metrics |= _timed_evaluation(run, state)
             metrics["time/step"] = time.monotonic() - started
             _write(folder, run, step, metrics)
-            if number % config.checkpoint.every == 0 or last or stop.requested:
-                _save(checkpoints, number, state, run)
             log.info("%s", progress.line(number, metrics))
+            if number % config.checkpoint.every == 0:
+                _save(checkpoints, number, state, run)
+                saved = number
+        if saved != number:
+            _save(checkpoints, number, state, run)
         if number < config.steps:
             log.info("stopped after step %d of %d; resumable: run the same command again", number, config.steps)
             return stop.exit_code
@@ -203,13 +205,13 @@ def _machine_metrics(run: Run, step: Step) -> dict[str, float]:
     tokens = sum(len(a.completion.tokens) for a in attempts if a.completion)
     generating = step.seconds["propose"] + step.seconds["solve"]
     truncated = sum(a.completion is not None and a.completion.finish == "length" for a in attempts)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     return {
         "sampler/sequences": float(len(attempts)),
         "sampler/tokens": float(tokens),
         "sampler/tokens_per_second": tokens / max(generating, 1e-9),
         "sampler/truncated": truncated / max(len(attempts), 1),
-        "perf/rss_mb": rss,
+        "perf/rss_mb": resident_mb(),
+        "perf/compiles": float(run.compiles.programs),
     } | {f"executor/{name}": value for name, value in run.pool.stats().items()}
 
 
@@ -262,7 +264,7 @@ def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
         before = run.evaluator(run.sampling_weights(run.fresh_state()))
         after = run.evaluator(run.sampling_weights(state))
         lines = fresh_comparison(before, after, run.config.eval.final_per_kind, run.config.seed)
-        (folder.path / "outcome.json").write_text(json.dumps(to_json(lines), indent=1) + "\n")
+        folder.write_outcome(to_json(lines))
     if lines:
         log.info("held-out tasks, before and after:\n%s", before_after_table(lines))
     log.info("report: %s", write_report(folder.path))

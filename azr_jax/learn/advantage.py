@@ -38,8 +38,8 @@ def task_relative(
     response tokens, and ddof counts tokens. A group that is empty, has one trajectory, or whose rewards are all equal
     carries no information: its advantages are exactly 0, never 0 / eps.
 
-    Returns the advantages [N] float32 and statistics: for each group that is present `<role>_<kind>/mean`, `/std`,
-    `/size`; over all, `zero_share` (share of trajectories whose group has no spread).
+    Returns the advantages [N] float32 and statistics: `<role>_<kind>/mean` and `<role>_<kind>/std`, the rewards
+    of the groups that are present, and `zero_share`, the share of trajectories whose group has no spread.
     ValueError: lengths of the arguments differ, a reward is not finite, a length is below 1, a group does not exist.
     """
     reward = np.asarray(rewards, np.float64)
@@ -65,7 +65,7 @@ def task_relative(
         else:
             flat += len(r)
         name = f"{role.value}_{kind.value}"
-        stats |= {f"{name}/mean": mean, f"{name}/std": float(np.sqrt(variance)), f"{name}/size": float(len(r))}
+        stats |= {f"{name}/mean": mean, f"{name}/std": float(np.sqrt(variance))}
     stats["zero_share"] = flat / max(len(reward), 1)
     return advantages.astype(np.float32), stats
 

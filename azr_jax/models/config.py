@@ -67,8 +67,11 @@ class ModelConfig:
     def from_hf(cls, fields: dict[str, Any], where: str) -> ModelConfig:
         """From the contents of a config.json; `where` names it in errors.
 
-        Raises UserError for an unsupported model type, activation, sliding window or RoPE scaling, or a missing key.
+        Raises UserError for an unsupported model type, activation, sliding window or RoPE scaling, a missing key, a
+        value of the wrong type, or sizes that do not fit together.
         """
+        if not isinstance(fields, dict):
+            raise UserError(f"{where}: not a JSON object")
         model_type = fields.get("model_type")
         if model_type not in SUPPORTED:
             raise UserError(f"{where}: model_type {model_type!r} is not supported (supported: {', '.join(SUPPORTED)})")
@@ -77,11 +80,11 @@ class ModelConfig:
         if fields.get("use_sliding_window"):
             raise UserError(f"{where}: use_sliding_window is not supported")
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise UserError(f"{where}: RoPE scaling {rope} is not supported")
         try:
             heads = int(fields["num_attention_heads"])
-            return cls(
+            config = cls(
                 vocab_size=int(fields["vocab_size"]),
                 hidden_size=int(fields["hidden_size"]),
                 intermediate_size=int(fields["intermediate_size"]),
@@ -89,13 +92,21 @@ class ModelConfig:
                 num_heads=heads,
                 num_kv_heads=int(fields.get("num_key_value_heads", heads)),
                 head_dim=int(fields.get("head_dim") or fields["hidden_size"] // heads),
-                rope_theta=float(fields.get("rope_theta", rope.get("rope_theta", 10000.0))),
+                rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10000.0),
                 rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
                 tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
                 model_type=model_type,
             )
         except KeyError as error:
             raise UserError(f"{where}: key {error} is missing") from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{where}: a size has a value that is no number: {error}") from None
+        sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers, config.head_dim)
+        if min(sizes) < 1 or min(config.num_heads, config.num_kv_heads) < 1:
+            raise UserError(f"{where}: every size must be at least 1: {config}")
+        if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+            raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
+        return config
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:

@@ -7,7 +7,7 @@ other through `transformers`. Ids travel from sampler to learner untouched: text
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Tokenizer:
             return self._backend.encode(text)
         return self._backend.encode(text, add_special_tokens=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; end-of-sequence and padding decode to nothing."""
         kept = [int(i) for i in ids if i not in self.eos_ids and i != self.pad_id]
         if self._is_sentencepiece:
@@ -59,16 +59,22 @@ def _load(folder: Path) -> Tokenizer:
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-        eos = eos_ids or frozenset({processor.eos_id()})
+        eos = eos_ids or _known(folder, processor.eos_id())
         return Tokenizer(processor, eos, max(processor.pad_id(), 0), processor.vocab_size())
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
         raise UserError(f"{folder}: no tokenizer.model or tokenizer.json; a model folder holds its tokenizer")
     from transformers import AutoTokenizer
 
     backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    eos = eos_ids or frozenset({backend.eos_token_id})
+    eos = eos_ids or _known(folder, backend.eos_token_id)
     pad = backend.pad_token_id if backend.pad_token_id is not None else min(eos)
     return Tokenizer(backend, eos, pad, len(backend))
+
+
+def _known(folder: Path, eos: int | None) -> frozenset[int]:
+    if eos is None or eos < 0:
+        raise UserError(f"{folder}: no end-of-sequence token; put eos_token_id into generation_config.json")
+    return frozenset({eos})
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

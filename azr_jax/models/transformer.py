@@ -138,6 +138,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 Attention = Callable[[Array, Array, Array], tuple[Array, Any]]
+Constraint = Callable[[Array], Array]
 
 
 def block(x: Array, w: Params, config: ModelConfig, angles: tuple[Array, Array], attention: Attention) -> tuple:
@@ -163,15 +164,23 @@ def scan_blocks(step: Callable, x: Any, xs: Any, config: ModelConfig) -> tuple[A
 
 
 def forward(
-    params: Params, config: ModelConfig, tokens: Array, positions: Array, segments: Array, remat: bool = False
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    segments: Array,
+    remat: bool = False,
+    constrain: Constraint | None = None,
 ) -> Array:
     """Final hidden states of packed rows, after the last norm.
 
     tokens, positions, segments: int32 [B, T]; segment 0 is padding, tokens attend causally within their own segment.
     remat: recompute each block in the backward pass instead of keeping its activations.
+    constrain: lays out activations [B, T, D] on a mesh, after the embedding and after every block. Without it the
+    compiler of a sharded program may gather activations where it should gather the weights of one layer.
     Returns [B, T, D] in the weights' dtype.
     """
-    return prefill(params, config, tokens, positions, segments, keep_cache=False, remat=remat)[0]
+    return prefill(params, config, tokens, positions, segments, keep_cache=False, remat=remat, constrain=constrain)[0]
 
 
 def prefill(
@@ -182,6 +191,7 @@ def prefill(
     segments: Array,
     keep_cache: bool = True,
     remat: bool = False,
+    constrain: Constraint | None = None,
 ) -> tuple[Array, Any]:
     """As `forward`, also returning the keys and values of every layer: (k, v), each [L, B, T, KV, hd], or None."""
     t = tokens.shape[1]
@@ -193,9 +203,11 @@ def prefill(
         def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             return attend(q, k, v, mask), ((k, v) if keep_cache else None)
 
-        return block(x, w, config, angles, attention)
+        x, kept = block(x, w, config, angles, attention)
+        return constrain(x) if constrain else x, kept
 
     x = params["embed"][tokens]  # [B, T, D]
+    x = constrain(x) if constrain else x
     x, cache = scan_blocks(jax.checkpoint(layer) if remat else layer, x, params["blocks"], config)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
 

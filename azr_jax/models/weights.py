@@ -36,11 +36,12 @@ def model_folder(model: str) -> Path:
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{index}: cannot be read: {error}") from None
-    files = [folder / name for name in names or ["model.safetensors"]]
+        if index.exists():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{index}: not an index of weights: {type(error).__name__}: {error}") from None
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: not found; the folder needs model.safetensors or all files of its index")
@@ -69,14 +70,10 @@ def load_weights(folder: Path, config: ModelConfig) -> Params:
         for key in keys:
             if key not in raw:
                 raise UserError(f"{folder}: weight {key} is missing from the checkpoint")
-            shape = spec.shape[1:] if stacked else spec.shape
-            try:
-                part = row.to_ours(raw.pop(key))
-            except ValueError:
-                part = np.empty(0)
-            if part.shape != shape:
-                raise UserError(f"{folder}: weight {key} has the wrong shape for config.json")
-            parts.append(part)
+            shape = row.to_theirs(np.empty(spec.shape[1:] if stacked else spec.shape, np.bool_)).shape
+            if raw[key].shape != shape:
+                raise UserError(f"{folder}: weight {key} has shape {raw[key].shape}, config.json asks for {shape}")
+            parts.append(row.to_ours(raw.pop(key)))
         return np.stack(parts) if stacked else parts[0]
 
     params = _map_specs(param_specs(config), take)

@@ -61,7 +61,10 @@ class Engine:
         return 0 < len(prompt) <= self.config.max_prompt
 
     def generate(self, params: Params, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the order of requests. Every prompt must satisfy `fits`."""
+        """Completions in the order of requests. ValueError: a prompt that is empty or longer than max_prompt."""
+        for request in requests:
+            if not self.fits(request.prompt):
+                raise ValueError(f"a prompt has {len(request.prompt)} tokens, not 1 to {self.config.max_prompt}")
         done: dict[int, Completion] = {}
         for bucket, low in zip(self._buckets, [0, self._buckets[0]], strict=True):
             chosen = [i for i, r in enumerate(requests) if low < len(r.prompt) <= bucket]
@@ -104,7 +107,7 @@ class Engine:
         rows: list[tuple[int, int]] = list(enumerate(chosen))  # (row of the batch, request index) still running
         while rows:
             length, finished = jax.device_get((state.length, state.done))
-            stopped = self._stopped(state, rows, finished) if self.stop else {}
+            stopped = self._stopped(state, rows) if self.stop else {}
             ended = [row for row, _ in rows if finished[row] or row in stopped]
             if ended:
                 tokens, logprobs = jax.device_get((state.tokens, state.logprobs))
@@ -136,18 +139,17 @@ class Engine:
         self.stats.truncated += 1
         return Completion(tokens, logprobs, "length")
 
-    def _stopped(self, state: DecodeState, rows: list[tuple[int, int]], finished: np.ndarray) -> dict[int, int]:
+    def _stopped(self, state: DecodeState, rows: list[tuple[int, int]]) -> dict[int, int]:
         """Rows whose text holds a stop string, with the number of tokens up to the one that completed it."""
         tokens, length = jax.device_get((state.tokens, state.length))
         cut: dict[int, int] = {}
         for row, _ in rows:
             ids = tokens[row, : length[row]]
             if any(stop in self.tokenizer.decode(ids) for stop in self.stop):
-                low, high = 1, len(ids)  # text only grows with tokens, so the first complete prefix is found by bisection
+                low, high = 1, len(ids)  # text only grows with tokens, so bisection finds the first complete prefix
                 while low < high:
                     middle = (low + high) // 2
                     text = self.tokenizer.decode(ids[:middle])
                     low, high = (low, middle) if any(stop in text for stop in self.stop) else (middle + 1, high)
-                if low < len(ids) or not finished[row]:
-                    cut[row] = low
+                cut[row] = low
         return cut

@@ -19,7 +19,7 @@ DUPLICATE_MAX = 0.50
 NO_NEW_STEPS = 10
 LOGP_GAP_MEAN_MAX = 0.05  # nats; float32 agrees to 1e-5, bfloat16 to about 1e-2
 TIMEOUT_MAX = 0.05
-UNJUDGED_MAX = 0.01
+INFRA_MAX = 0.01
 RECENT = 5  # steps that a noisy share is averaged over
 
 
@@ -42,15 +42,15 @@ def alarms(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.get("learner/skipped") for row in rows[-RECENT:]):
         found.append("an update of the last steps was skipped because its gradient was not finite")
-    runs, timeouts = _recent(rows, "executor/runs"), _recent(rows, "executor/timeouts")
-    if runs and timeouts is not None and timeouts / runs > TIMEOUT_MAX:
+    timeouts = _share_of_checks(rows, "executor/status_timeout")
+    if timeouts > TIMEOUT_MAX:
         found.append(
-            f"{_percent(timeouts / runs)} of runs hit the time limit (alarm above 5 %): "
+            f"{_percent(timeouts)} of checks hit the time limit (alarm above 5 %): "
             "raise executor.wall_seconds, or look at what the proposer writes"
         )
-    infra = _recent(rows, "executor/infra")
-    if runs and infra is not None and infra / runs > UNJUDGED_MAX:
-        found.append(f"{_percent(infra / runs)} of runs were lost through our own fault (alarm above 1 %): see the log")
+    infra = _share_of_checks(rows, "executor/status_infra")
+    if infra > INFRA_MAX:
+        found.append(f"{_percent(infra)} of checks were lost through our own fault (alarm above 1 %): see the log")
     return found
 
 
@@ -73,6 +73,19 @@ def _recent(rows: Sequence[Row], name: str) -> float | None:
     """Mean of the last RECENT values; None if there are fewer."""
     values = [row[name] for row in rows if row.get(name) is not None][-RECENT:]
     return sum(values) / RECENT if len(values) == RECENT else None
+
+
+def _share_of_checks(rows: Sequence[Row], name: str) -> float:
+    """A status's share of the executor's checks over the last RECENT steps; its counters restart when a run resumes."""
+    counted = [row for row in rows if row.get("executor/requests")]
+    if not counted:
+        return 0.0
+    last = counted[-1]
+    before: Row = counted[-1 - RECENT] if len(counted) > RECENT else {}
+    if before.get("executor/requests", 0) > last["executor/requests"]:
+        before = {}
+    checks = last["executor/requests"] - before.get("executor/requests", 0)
+    return (last.get(name, 0) - before.get(name, 0)) / checks if checks > 0 else 0.0
 
 
 def _lasting(rows: Sequence[Row], name: str, steps: int, bad: Callable[[float], bool]) -> bool:

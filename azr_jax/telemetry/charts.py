@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 64, 10, 8, 26
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 8, 26
 MOST_POINTS = 400  # of a drawn curve; longer ones are averaged over neighbouring steps
 SMOOTH_FROM = 40  # points from which a curve without intervals is drawn smoothed over its raw self
 
@@ -143,8 +143,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Centred moving average over about a tenth of the curve, narrower at its ends."""
-    reach = max(1, len(points) // 20)
+    """Centred moving average over about a twentieth of the curve, narrower at its ends."""
+    reach = max(1, len(points) // 40)
     result = []
     for index, (step, _) in enumerate(points):
         near = min(reach, index, len(points) - 1 - index)

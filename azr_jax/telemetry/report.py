@@ -62,12 +62,13 @@ def render(run_dir: Path) -> str:
     """The page as text."""
     rows = list(read_rows(run_dir / "metrics.jsonl"))
     config_text = _read_text(run_dir / "config.yaml")
-    outcome = comparisons(rows)
+    fresh = _fresh_outcome(run_dir / "outcome.json")
+    outcome = fresh or comparisons(rows)
     body = [
         _header(run_dir, config_text, rows),
         _alarm_box(rows),
         _tiles(rows, outcome),
-        _outcome_table(outcome),
+        _outcome_table(outcome, bool(fresh)),
         curves(rows),
         _task_samples(run_dir / "tasks.jsonl"),
         _rollout_samples(run_dir / "rollouts"),
@@ -177,9 +178,24 @@ def _interval(line: Comparison) -> str:
     return f"{100 * line.low:+.1f} to {100 * line.high:+.1f}"
 
 
-def _outcome_table(outcome: Sequence[Comparison]) -> str:
+def _fresh_outcome(path: Path) -> list[Comparison]:
+    """The table a finished run left; [] if there is none."""
+    try:
+        lines = [Comparison(**row) for row in json.loads(_read_text(path) or "[]")]
+    except (ValueError, TypeError):
+        logger.warning("%s is damaged, the report goes without it", path)
+        return []
+    return [line for line in lines if line.mode in MODES and line.set in SETS]
+
+
+def _outcome_table(outcome: Sequence[Comparison], fresh: bool) -> str:
     if not outcome:
         return ""
+    about = (
+        "Fresh held-out tasks that nothing was chosen by: the weights before the first update and the last ones"
+        if fresh
+        else "The fixed held-out tasks: the first and the last evaluation of this run"
+    )
     body, previous = [], ""
     for line in outcome:
         sign = "up" if (line.low or 0) > 0 else "down" if (line.high or 0) < 0 else ""
@@ -192,8 +208,8 @@ def _outcome_table(outcome: Sequence[Comparison]) -> str:
             f'<td class="n">{_interval(line)}</td></tr>'
         )
     return (
-        "<h2>Before and after</h2><p class='about'>Held-out tasks, pass@1: the first and the last evaluation of this "
-        "run; difference in points, with its 95 % interval (coloured where that excludes 0).</p>"
+        f"<h2>Before and after</h2><p class='about'>pass@1. {about}; difference in points, with its 95 % interval "
+        "(coloured where that excludes 0).</p>"
         "<div class='scroll'><table>"
         "<tr><th>decoding</th><th>tasks</th><th class='n'>N</th><th class='n'>before</th><th class='n'>after</th>"
         f"<th class='n'>difference</th><th class='n'>95 % interval</th></tr>{''.join(body)}</table></div>"

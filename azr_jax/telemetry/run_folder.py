@@ -7,6 +7,7 @@
     rollouts/step_000012.jsonl   some responses of a step: step, role, kind, prompt, response, verdict, reward
     oversight.jsonl         flagged texts, hash-chained (azr_jax.telemetry.oversight)
     checkpoints/            azr_jax.checkpoint
+    outcome.json            a finished run's table before/after on fresh held-out tasks (rows of progress.Comparison)
     report.html             azr_jax.telemetry.report
 
 Each append is one write of whole lines; what fails half-way is cut off again, and `truncate_after` removes what a kill
@@ -56,6 +57,7 @@ class RunFolder:
         self.rollouts = path / "rollouts"
         self.checkpoints = path / "checkpoints"
         self.report = path / "report.html"
+        self.outcome = path / "outcome.json"
         self._lock: int | None = lock
         self._oversight_head: str | None = None  # hash of the last record, read on first use
 
@@ -125,13 +127,20 @@ class RunFolder:
         text = "".join(json.dumps({**row, "step": step}) + "\n" for row in rows)
         _replace(self.rollouts / f"step_{step:06d}.jsonl", text.encode("ascii"))
 
+    def write_outcome(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes outcome.json, whole or not at all. It goes again when the run goes on (`truncate_after`)."""
+        _replace(self.outcome, (json.dumps(rows, indent=1) + "\n").encode("ascii"))
+
     def truncate_after(self, step: int) -> None:
-        """Drops every row and rollout file of a later step, and torn lines. To be called before the first step of every
-        start, with the step of the restored checkpoint, or -1 if there is none."""
+        """Drops every row and rollout file of a later step, torn lines, and the outcome, which is no longer the last.
+
+        To be called before the first step of every start, with the step of the restored checkpoint, or -1 if none.
+        """
         for path in (self.metrics, self.tasks, self.oversight):
             _keep_rows(path, step)
         self._oversight_head = None
-        with _writing(self.rollouts):
+        with _writing(self.path):
+            self.outcome.unlink(missing_ok=True)
             for entry in list(self.rollouts.iterdir()):
                 match = ROLLOUT_NAME.fullmatch(entry.name)
                 if (match and int(match.group(1)) > step) or entry.name.endswith(".tmp"):

@@ -16,10 +16,10 @@ import pytest
 from jax.sharding import Mesh
 
 from azr_jax.config import Config, LearnConfig, MeshConfig, RolloutConfig
-from azr_jax.dist.mesh import make_mesh
+from azr_jax.dist.mesh import make_mesh, row_sharding
 from azr_jax.learn.logprobs import MAX_LOGITS
 from azr_jax.learn.packing import PackedBatch, Trajectory, pack
-from azr_jax.learn.state import TrainState, init_state
+from azr_jax.learn.state import TrainState, init_state, state_shardings
 from azr_jax.learn.step import make_logprobs, make_update, micro_rows, place, summed_gradient
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.transformer import forward, init_params, unembed
@@ -272,19 +272,38 @@ def test_number_of_micro_batches_does_not_recompile_and_state_is_donated() -> No
     assert int(state.step) == 4
 
 
+def compiled_text(model: ModelConfig, config: Config, mesh: MeshConfig, rows: int, row_tokens: int) -> str:
+    """The compiled update as text, from shapes alone: nothing is allocated or run."""
+    grid = mesh_of(mesh)
+    layout = state_shardings(config, model, grid)
+    state = jax.eval_shape(lambda: init_state(init_params(model, 0), config, model, grid))
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
+    empty = {name: x for name, x in vars(pack([], [], row_tokens, rows, 1)).items() if name != "n_micro"}
+    split = row_sharding(grid, leading=1)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for name, x in empty.items()}
+    update = make_update(config, model, grid).compiled  # type: ignore[attr-defined]
+    return update.lower(state, batch, np.int32(1)).compile().as_text()
+
+
+def shapes_in(pattern: str, text: str) -> list[tuple[int, ...]]:
+    return [tuple(map(int, dims.split(","))) for dims in re.findall(pattern, text)]
+
+
 def test_no_full_logits_in_the_compiled_update() -> None:
-    # compiled, not run: 2 x 4096 x 8192 logits would be twice what may exist at once
-    model, rows, t = ModelConfig(8192, 8, 8, 1, 1, 1, 8), 2, 4096
-    grid = mesh_of()
-    state = jax.eval_shape(lambda: init_state(init_params(model, 0), CONFIG, model, grid))
-    empty = pack([], [], t, rows, 1)
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in vars(empty).items() if name != "n_micro"}
-    update = make_update(CONFIG, model, grid).compiled  # type: ignore[attr-defined]
-    text = update.lower(state, batch, np.int32(1)).compile().as_text()
-    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"[a-z]+\d+\[([\d,]+)\]", text)]
-    largest = max(int(np.prod(shape)) for shape in shapes if 8192 in shape and t not in shape)
-    assert not [shape for shape in shapes if 8192 in shape and np.prod(shape) > MAX_LOGITS]
-    assert largest == MAX_LOGITS < rows * t * 8192
+    rows, t, v = 2, 4096, 8192  # twice the logits that may exist at once
+    text = compiled_text(ModelConfig(v, 8, 8, 1, 1, 1, 8), CONFIG, ONE, rows, t)
+    logits = [shape for shape in shapes_in(r"[a-z]+\d+\[([\d,]+)\]", text) if v in shape]
+    assert max(int(np.prod(shape)) for shape in logits) == MAX_LOGITS < rows * t * v
+
+
+def test_weights_are_gathered_layer_by_layer() -> None:
+    layers, d, t = 11, 64, 48  # more layers than the scan unrolls; every size is different
+    config = replace(CONFIG, learn=replace(CONFIG.learn, remat=True))
+    text = compiled_text(ModelConfig(1000, d, 256, layers, 8, 4, 8), config, MeshConfig(1, 8, 1), 8, t)
+    gathered = shapes_in(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert (d, 256) in gathered  # one layer's feed-forward matrix
+    assert not [s for s in gathered if layers in s and len(s) > 2], "a stack of weights is gathered whole"
+    assert not [s for s in gathered if t in s], "activations are gathered"
 
 
 @pytest.mark.parametrize("poison", ["nan advantage", "no tokens"])

@@ -39,9 +39,6 @@ def test_unknown_names():
 HEALTHY = {
     "propose/rate_between": 0.4,
     "learner/logp_gap_mean": 1e-6,
-    "executor/runs": 1000,
-    "executor/timeouts": 3,
-    "executor/infra": 0,
     **{f"propose/accepted/{kind}": 0.6 for kind in KIND_NAMES},
     **{f"propose/duplicate/{kind}": 0.2 for kind in KIND_NAMES},
     **{f"buffer/new/{kind}": 12 for kind in KIND_NAMES},
@@ -64,8 +61,6 @@ def test_a_healthy_run_and_an_empty_one_raise_no_alarm():
         ("propose/duplicate/abduction", 0.6, 5, "abduction: 60 %"),
         ("buffer/new/deduction", 0, 10, "deduction: no new task"),
         ("learner/logp_gap_mean", 0.2, 5, "not on-policy"),
-        ("executor/timeouts", 80, 5, "8.0 % of runs hit the time limit"),
-        ("executor/infra", 30, 5, "our own fault"),
         ("learner/skipped", 1.0, 1, "was skipped"),
     ],
 )
@@ -77,6 +72,21 @@ def test_each_alarm_comes_when_it_has_lasted_and_goes_when_it_has_passed(name, v
         assert alarms(bad[1:]) == []
     assert alarms(bad + rows(20)) == []
     assert alarms([*bad, {"step": 99, name: None}]) == found or steps == 1
+
+
+def test_executor_alarms_look_at_the_last_steps_of_counters_that_a_resume_restarts():
+    def counters(requests: int, timeouts: int, infra: int = 0) -> dict:
+        names = ("requests", "status_timeout", "status_infra")
+        return {f"executor/{name}": value for name, value in zip(names, (requests, timeouts, infra), strict=True)}
+
+    quiet = [counters(1000 * step, step) for step in range(1, 9)]
+    assert alarms(quiet) == []
+    (found,) = alarms([*quiet, counters(9000, 508)])
+    assert "10 % of checks hit the time limit" in found  # 505 of the last 5000
+    assert alarms([*quiet, counters(9000, 508), *(counters(9000 + 1000 * n, 508) for n in range(1, 6))]) == []
+    (found,) = alarms([*quiet, counters(100, 0, infra=4)])
+    assert "4.0 % of checks were lost" in found  # after a resume the counters are the step's own
+    assert alarms([{"step": 1, "executor/requests": 100}]) == []
 
 
 def test_progress_line():

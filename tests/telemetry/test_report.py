@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from azr_jax.errors import UserError
 from azr_jax.telemetry.charts import HEIGHT, WIDTH, Series, line_chart, number, percent
 from azr_jax.telemetry.curves import CHARTS
 from azr_jax.telemetry.metrics import KIND_NAMES, unknown_names
+from azr_jax.telemetry.progress import Comparison
 from azr_jax.telemetry.report import escape, report_command, write_report
 from azr_jax.telemetry.run_folder import RunFolder
 
@@ -97,6 +99,19 @@ def test_a_whole_run(tmp_path):
     for svg in re.findall(r"<svg.*?</svg>", source, re.S):
         ElementTree.fromstring(svg)
     assert "http" not in source
+
+
+def test_the_outcome_of_a_finished_run_is_the_headline(tmp_path):
+    folder = fake_run(tmp_path, 2)
+    lines = [Comparison("greedy", "pooled", 0.311, 0.444, 0.133, 0.11, 0.156, 2400), Comparison("x", "y", 0, 0, 0)]
+    folder.write_outcome([asdict(line) for line in lines])
+    text = check(write_report(tmp_path)).text
+    assert "31.1 \u2192 44.4 %" in text and "Fresh held-out tasks" in text and "+11.0 to +15.6" in text
+    folder.truncate_after(2)
+    assert not folder.outcome.exists(), "the run goes on"
+    folder.outcome.write_text("[{]")
+    assert "30.0 \u2192 40.0 %" in check(write_report(tmp_path)).text
+    folder.close()
 
 
 def test_a_run_under_way_with_torn_lines(tmp_path):

@@ -1,0 +1,167 @@
+"""Giving up powers: what a worker (zygote) drops once at its start, and what each child drops before it reads a task.
+
+Every layer that can be inherited is set in the worker, because a child's time is what throughput is made of; the rest
+(CPU limit, own session, parent-death signal, descriptors, system-call filter) is set in the child. Each function says
+which layers it managed to put up; deciding whether that is enough is the broker's business (`MANDATORY`).
+Namespaces, cgroups and chroot are not used: they need rights that containers and ordinary users do not have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+import struct
+import sys
+from collections.abc import Callable
+
+from azr_jax.executor.seccomp import filter_program
+
+TASK_FD = 3  #: the one descriptor a child keeps
+NOBODY = 65534  #: the user that a worker started by root becomes
+MANDATORY = ("rlimits", "no_new_privs", "seccomp")  #: without one of these nothing runs unless the config allows it
+OPTIONAL = ("landlock", "not_dumpable", "parent_death_signal", "no_clock", "unprivileged_user")
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SECCOMP_MODE_FILTER = 2
+_SIGKILL = 9
+_MAP_FIXED = 0x10
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446  # the same on every architecture
+_LANDLOCK_FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # ABI -> number of file-system rights (linux/landlock.h)
+
+
+def lock_worker(memory_bytes: int) -> dict[str, bool]:
+    """Drop, for this process and all its children, what a worker does not need; layer -> whether it holds.
+
+    `memory_bytes` is address space for a run, on top of what the worker itself has mapped by now.
+    """
+    if sys.platform != "linux":
+        return {"unprivileged_user": _drop_user(), "rlimits": _limit(memory_bytes)}
+    libc = ctypes.CDLL(None, use_errno=True)
+    _blank_clock_page(libc)
+    return {
+        "unprivileged_user": _drop_user(),
+        "rlimits": _limit(memory_bytes),
+        "not_dumpable": libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0,
+        "no_new_privs": libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0,
+        "landlock": _landlock(libc),
+    }
+
+
+def die_with_parent() -> bool:
+    """Ask the kernel to kill this process when its parent goes."""
+    return sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0) == 0
+
+
+def child_lock() -> Callable[[int, int, int], None]:
+    """Build the function a child calls first, with everything it needs prepared in the worker.
+
+    The function takes (descriptor of the task, CPU limit in whole seconds, pid of the worker); afterwards the
+    process has the one descriptor TASK_FD and may only compute. It raises OSError if a step fails.
+    """
+    prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+    code = filter_program(TASK_FD)
+    buffer = ctypes.create_string_buffer(code) if code else None
+    # struct sock_fprog { unsigned short len; struct sock_filter *filter; }
+    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer)) if code and buffer else b""
+    program_buffer = ctypes.create_string_buffer(program)
+    address = ctypes.c_void_p(ctypes.addressof(program_buffer))  # a plain int would be cut to 32 bits
+    setrlimit, cpu = resource.setrlimit, resource.RLIMIT_CPU
+    processes, files = resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE
+
+    def lock(task_fd: int, cpu_seconds: int, worker_pid: int, _keep: object = (buffer, program_buffer)) -> None:
+        os.setsid()
+        if task_fd != TASK_FD:
+            os.dup2(task_fd, TASK_FD)
+        os.closerange(0, TASK_FD)
+        os.closerange(TASK_FD + 1, 64)  # the worker's own limit is 64 descriptors
+        setrlimit(cpu, (cpu_seconds, cpu_seconds))
+        setrlimit(processes, (0, 0))
+        setrlimit(files, (TASK_FD + 1, TASK_FD + 1))
+        if prctl is None:
+            return
+        prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+        if os.getppid() != worker_pid:
+            os._exit(1)  # the worker died before the line above: nobody would kill us
+        if program and prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, address, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "seccomp")
+
+    return lock
+
+
+def _drop_user() -> bool:
+    """As root, become nobody for good; True if this process is an ordinary user afterwards."""
+    if os.geteuid() == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        except (OSError, AttributeError):  # no such right in this container, or not Linux
+            return False
+    return os.geteuid() != 0
+
+
+def _limit(memory_bytes: int) -> bool:
+    """Resource limits that children inherit; False if one does not stick."""
+    space = _mapped_bytes() + memory_bytes
+    stack = 8 << 20
+    wanted = {
+        resource.RLIMIT_AS: space,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_STACK: stack,
+    }
+    try:
+        for which, limit in wanted.items():
+            hard = resource.getrlimit(which)[1]
+            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(which, (limit, limit))
+        return resource.getrlimit(resource.RLIMIT_AS)[1] <= space
+    except (OSError, ValueError):
+        return False
+
+
+def _mapped_bytes() -> int:
+    """Address space this process has mapped; a guess where /proc is missing."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 64 << 20
+
+
+def _blank_clock_page(libc: ctypes.CDLL) -> None:
+    """Put zeros over the page from which the C library reads the clock without a system call (vDSO data, "[vvar]").
+
+    Zeros mean "this clock needs the system call", which the filter of a child then denies.
+    """
+    try:
+        with open("/proc/self/maps") as maps:
+            found = [line.split("-", 1) for line in maps if line.rstrip().endswith("[vvar]")]
+    except OSError:
+        return
+    libc.mmap.restype = ctypes.c_void_p
+    for start, rest in found:
+        address, size = int(start, 16), int(rest.split(" ", 1)[0], 16) - int(start, 16)
+        protection, flags = mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(size), protection, flags, -1, ctypes.c_long(0))
+
+
+def _landlock(libc: ctypes.CDLL) -> bool:
+    """Deny every file, TCP port, outside signal and abstract socket, as far as the kernel's Landlock knows them."""
+    libc.syscall.restype = ctypes.c_long
+    abi = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    if abi < 1:
+        return False
+    rights = (1 << _LANDLOCK_FS_RIGHTS.get(abi, 16)) - 1
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    attributes = struct.pack("=QQQ", rights, 3, 3)  # all rights on files; TCP bind, connect; sockets, signals
+    ruleset = libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
+    if ruleset < 0:
+        return False
+    held = libc.syscall(_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), 0) == 0
+    os.close(ruleset)
+    return held

@@ -1,0 +1,249 @@
+"""A worker: a small warm interpreter, started by exec, that forks one locked-down child for each task.
+
+Its life: import the modules that programs may use, run the code paths of a task many times so that a fork finds them
+settled, freeze the heap, give up its own powers, fork a test child that tries to break out, report what holds, and
+then serve. Fork commands bring the task's socket as a passed descriptor; the worker never reads from it, so no task
+text and no neighbour's data is in the memory that children inherit. It dies with the broker.
+
+The control socket is standard input; the one argument is the memory limit of a run in bytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from azr_jax.executor import breakout, child, lockdown
+
+COMMAND = struct.Struct("=cII")  #: what to do (FORK, KILL, TELL), number of the run, CPU limit in whole seconds
+REPORT = struct.Struct("=IiII")  #: number of the run, wait status, CPU time in microseconds, peak RSS in KB
+FORK, KILL, TELL = b"F", b"K", b"P"
+FORK_FAILED, PID = -1, -2  #: instead of a wait status; with PID, the third field is the child's pid
+
+#: Modules a program may import: pure computation, no clock, no randomness, no access to the outside.
+OFFERED = (
+    "__future__", "abc", "array", "bisect", "cmath", "collections", "collections.abc", "copy", "dataclasses",
+    "decimal", "enum", "fractions", "functools", "heapq", "itertools", "json", "math", "numbers", "operator", "queue",
+    "re", "statistics", "string", "textwrap", "types", "typing", "unicodedata",
+)  # fmt: skip
+#: Codecs that str.encode looks for only when asked; files are out of reach by then.
+_CODECS = (
+    "ascii us-ascii latin-1 latin1 iso-8859-1 iso8859-1 cp1252 windows-1252 cp437 utf-8 utf8 utf-8-sig utf-16 utf16 "
+    "utf-16-le utf-16-be utf-32 utf32 utf-32-le utf-32-be utf-7 unicode-escape raw-unicode-escape rot13 rot_13 hex "
+    "base64 idna punycode"
+).split()
+_WARM_UP_ROUNDS = 64
+_WARM_UP_PROGRAM = """
+import math, re
+from collections import Counter
+def f(a, b='x', *c, **d):
+    t = [i * 2 for i in range(10) if i % 3]
+    s = {k: v for k, v in zip('abc', t)}
+    for k in sorted(s):
+        s[k] += len(str(k)) + math.gcd(4, 6)
+    try:
+        return [s, sum(t), ''.join(reversed('abc')), {1, 2}, (1.5, None, True), f'{b:>3}'.strip(), a[0]]
+    except IndexError as error:
+        raise ValueError(str(error)) from None
+"""
+
+
+def main() -> None:
+    """Entry point of the worker process."""
+    control = socket.socket(fileno=0)
+    seed = int(os.environ["PYTHONHASHSEED"])
+    padding = [_pad(seed)]
+    _import_offered()
+    padding.append(_pad(seed + 1))
+    lock = lockdown.child_lock()
+    layers = lockdown.lock_worker(int(sys.argv[1]))
+    layers["parent_death_signal"] = lockdown.die_with_parent()
+    os.environ.clear()
+    child.offer_modules(OFFERED)
+    _warm_up()
+    padding.append(_pad(seed + 2))
+    gc.collect()
+    gc.freeze()
+    escapes = _self_test(lock)
+    layers["no_clock"] = breakout.CLOCK not in escapes
+    fault = ", ".join(name for name in escapes if name != breakout.CLOCK)
+    layers["seccomp"] = not fault
+    control.sendall(json.dumps({"layers": layers, "fault": fault}).encode() + b"\n")
+    _serve(control, lock)
+    del padding
+
+
+def _import_offered() -> None:
+    # statistics wants `random` for sampling; a program must find no source of chance, so it gets an empty module.
+    sys.modules["random"] = types.ModuleType("random")
+    register = os.register_at_fork
+    os.register_at_fork = lambda **hooks: None  # threading, which queue needs, would slow every fork
+    for name in OFFERED:
+        importlib.import_module(name)
+    os.register_at_fork = register
+    del sys.modules["random"]
+    for name in _CODECS:
+        codecs.lookup(name)
+
+
+def _warm_up() -> None:
+    """Run what every child runs, until specialised code, caches and free lists are as a child will need them."""
+    sink: list[bytes] = []
+
+    def send(tag: bytes, text: str) -> None:
+        sink.append(tag + text.encode())
+
+    for _ in range(_WARM_UP_ROUNDS):
+        sink.clear()
+        child.run_task(_WARM_UP_PROGRAM, [(([1],), {}), (([],), {"b": "y"})], 4096, send)
+        child.run_task("def f(:", [((), {})], 4096, send)
+
+
+def _pad(seed: int) -> list[Any]:
+    """Objects of every small size class, a varying number of each: no two workers give an object the same address.
+
+    Address-space randomisation moves whole pages; this moves objects within them, so that `id([]) % 64` is no constant.
+    """
+    makers: list[Callable[[], Any]] = [list, dict, set, float, object, lambda: (object(),), lambda: [None]]
+    makers += [partial(bytes, size) for size in range(1, 480, 16)]
+    kept = []
+    for make in makers:
+        seed = (seed * 1103515245 + 12345) % 2**31  # any cheap sequence will do
+        kept += [make() for _ in range(seed >> 16 & 63)]
+    return kept
+
+
+def _self_test(lock: Callable[[int, int, int], None]) -> list[str]:
+    """Fork a child, lock it, let it try to break out; what it managed, or what else went wrong."""
+    worker = os.getpid()
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            lock(theirs.fileno(), 5, worker)
+            said = breakout.escapes()
+        except BaseException as error:
+            said = [f"{type(error).__name__}: {error}"]
+        os.write(lockdown.TASK_FD, json.dumps(said).encode())
+        os._exit(0)
+    theirs.close()
+    status = os.waitpid(pid, 0)[1]
+    report = ours.recv(4096)
+    ours.close()
+    return json.loads(report) if status == 0 and report else [f"the test child ended with status {status}"]
+
+
+def _serve(control: socket.socket, lock: Callable[[int, int, int], None]) -> None:
+    """Fork, kill and reap until the control socket closes."""
+    running: dict[int, int] = {}  # pid -> number of the run
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGCHLD, _ignore)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    poll.register(wake, select.POLLIN)
+    worker = os.getpid()
+    while True:
+        for descriptor, _ in poll.poll():
+            if descriptor == wake:
+                os.read(wake, 4096)
+            elif not _obey(control, lock, running, worker):
+                return
+        _reap(control, running)
+
+
+def _ignore(signum: int, frame: Any) -> None:
+    """A handler must exist for the wake-up descriptor to be written."""
+
+
+def _obey(control: socket.socket, lock: Callable[[int, int, int], None], running: dict[int, int], worker: int) -> bool:
+    """Carry out one command; False at the end of the control socket, which takes the children along."""
+    message, ancillary, _, _ = control.recvmsg(COMMAND.size, 64)
+    if len(message) < COMMAND.size:
+        for pid in running:
+            _kill(pid)
+        return False
+    what, number, cpu_seconds = COMMAND.unpack(message)
+    if what != FORK:
+        for pid, run in running.items():
+            if run == number and what == KILL:
+                _kill(pid)
+            elif run == number:
+                control.sendall(REPORT.pack(number, PID, pid, 0))
+        return True
+    task_fd = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+    try:
+        pid = os.fork()
+    except OSError:
+        control.sendall(REPORT.pack(number, FORK_FAILED, 0, 0))
+    else:
+        if pid == 0:
+            _become_child(lock, task_fd, cpu_seconds, worker)
+        running[pid] = number
+    os.close(task_fd)
+    return True
+
+
+def _become_child(lock: Callable[[int, int, int], None], task_fd: int, cpu_seconds: int, worker: int) -> None:
+    """Lock down, serve the task, end. Never returns; no cleanup code of the program runs."""
+    status = 1
+    leave = os._exit
+    try:
+        lock(task_fd, cpu_seconds, worker)
+        child.serve_task()
+        status = 0
+    finally:
+        leave(status)
+
+
+def _kill(pid: int) -> None:
+    """Kill an unreaped child and, should it have made any, its process group."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except OSError:  # it has not reached setsid yet
+        os.kill(pid, signal.SIGKILL)
+
+
+def _reap(control: socket.socket, running: dict[int, int]) -> None:
+    while running:
+        pid, status, usage = os.wait4(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
+        control.sendall(REPORT.pack(running.pop(pid), status, cpu, usage.ru_maxrss))
+
+
+def floor(seconds: float, program: str) -> None:
+    """For the benchmark: fork, compile, run and exit in this warm interpreter, unisolated; print runs a second."""
+    import time
+
+    _import_offered()
+    _warm_up()
+    gc.collect()
+    gc.freeze()
+    done, start = 0, time.monotonic()
+    while time.monotonic() - start < seconds:
+        pid = os.fork()
+        if pid == 0:
+            namespace: dict[str, Any] = {}
+            exec(compile(program.replace("{n}", str(done)), "<program>", "exec"), namespace)
+            namespace["f"]([1, 2, 3])
+            os._exit(0)
+        os.waitpid(pid, 0)
+        done += 1
+    sys.stdout.write(json.dumps(done / (time.monotonic() - start)))
+    sys.stdout.flush()

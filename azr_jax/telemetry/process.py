@@ -1,0 +1,30 @@
+"""What must not grow in the trainer process: programs XLA compiled, and resident memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import jax
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileCounter:
+    """Counts from its creation; JAX announces every compilation and keeps no tally of its own."""
+
+    def __init__(self) -> None:
+        self.programs = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: object) -> None:
+        self.programs += event == COMPILE_EVENT
+
+
+def resident_mb() -> float:
+    """Resident memory in MiB; its peak where /proc does not exist (macOS, which counts in bytes)."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,76 @@
+"""Our logits against `transformers`' Qwen2: stored ones always, live ones where torch is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from azr_jax.models.config import ModelConfig
+from azr_jax.models.transformer import Params, forward, unembed
+from azr_jax.models.weights import load_weights, save_weights
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ["qwen2_tied", "qwen2_untied"]
+
+
+def golden(name: str) -> tuple[ModelConfig, Params, list[np.ndarray], list[np.ndarray]]:
+    """Configuration, weights, token sequences int32 [T] and their logits float32 [T, V]."""
+    config = ModelConfig.load(GOLDEN / name)
+    arrays = load_file(GOLDEN / name / "expected.safetensors")
+    count = len(arrays) // 2
+    tokens, logits = ([arrays[f"{what}_{i}"] for i in range(count)] for what in ("tokens", "logits"))
+    return config, load_weights(GOLDEN / name, config), tokens, logits
+
+
+def rows(placed: list[list[tuple[int, np.ndarray]]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens, positions, segments [B, width] with every row's sequences at the given columns; padding holds token 7."""
+    tokens = np.full((len(placed), width), 7, np.int32)
+    positions, segments = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, members in enumerate(placed):
+        for segment, (start, sequence) in enumerate(members, start=1):
+            end = start + len(sequence)
+            tokens[row, start:end], segments[row, start:end] = sequence, segment
+            positions[row, start:end] = np.arange(len(sequence))
+    return tokens, positions, segments
+
+
+def logits_of(config: ModelConfig, params: Params, batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    run = jax.jit(lambda p, *arrays: unembed(p, config, forward(p, config, *arrays)))
+    return np.asarray(run(params, *map(jnp.asarray, batch)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_separate_padded_and_packed_rows(name):
+    config, params, tokens, expected = golden(name)
+    spread = max(np.abs(e).max() for e in expected)
+    assert spread > 1.0, "a golden file of nearly equal logits would prove nothing"
+    right = logits_of(config, params, rows([[(0, t)] for t in tokens], 16))
+    left = logits_of(config, params, rows([[(16 - len(t), t)] for t in tokens], 16))
+    starts = np.cumsum([0, *(len(t) for t in tokens)])
+    packed = logits_of(config, params, rows([list(zip(starts, tokens))], 32))
+    for i, (sequence, want) in enumerate(zip(tokens, expected, strict=True)):
+        n = len(sequence)
+        np.testing.assert_allclose(right[i, :n], want, atol=1e-4)
+        np.testing.assert_allclose(left[i, 16 - n :], want, atol=1e-4)
+        np.testing.assert_allclose(packed[0, starts[i] : starts[i] + n], want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_agrees_now_and_loads_what_we_write(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    config, params, tokens, _ = golden(name)
+    save_weights(tmp_path, config, params)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = logits_of(config, params, rows([[(0, t)] for t in tokens], 16))
+    for i, sequence in enumerate(tokens):
+        with torch.no_grad():
+            want = theirs(torch.from_numpy(sequence.astype(np.int64))[None]).logits[0].numpy()
+        np.testing.assert_allclose(ours[i, : len(sequence)], want, atol=1e-4)

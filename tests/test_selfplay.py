@@ -1,0 +1,208 @@
+"""The algorithm, whole steps of it, with the embedded model and the real executor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from azr_jax.config import PRESETS, Config, ExecutorConfig, RolloutConfig, TasksConfig
+from azr_jax.executor import ExecutorPool
+from azr_jax.micro.language import is_held_out
+from azr_jax.rollout.request import Completion
+from azr_jax.selfplay import CONSTANT_LEARNABILITY, Attempt, SelfPlay, Step
+from azr_jax.tasks.kinds import GROUPS, KINDS, Kind, Role, group_index
+from azr_jax.tasks.rewards import Outcome
+from azr_jax.telemetry.metrics import unknown_names
+from azr_jax.telemetry.step_metrics import step_metrics
+from azr_jax.train import Run
+
+CONFIG = Config(
+    tasks=TasksConfig(batch=6, references=1, induction_inputs=4, samples=4, seed_factor=1),
+    rollout=RolloutConfig(max_prompt=96, max_response=64, batch=32),
+    executor=ExecutorConfig(workers=1),
+)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ExecutorPool]:
+    with ExecutorPool(CONFIG.executor) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def run(pool: ExecutorPool) -> Run:
+    run = Run(CONFIG, pool)
+    run.selfplay.seed(run.sampling_weights(run.fresh_state()))
+    return run
+
+
+@pytest.fixture(scope="module")
+def step(run: Run) -> Step:
+    return run.selfplay.step(run.sampling_weights(run.fresh_state()), 1)
+
+
+def variant(run: Run, **changes: object) -> SelfPlay:
+    """Another self-play over the same engine and pool."""
+    return SelfPlay(replace(CONFIG, **changes), run.engine, run.pool, run.prompts, is_held_out)
+
+
+def test_seeding_fills_every_buffer_with_valid_new_tasks(run: Run) -> None:
+    for kind in KINDS:
+        seeds = [task for task in run.selfplay.buffers.tasks(kind) if task.step == 0]
+        assert len(seeds) >= CONFIG.tasks.seed_factor * CONFIG.tasks.batch
+        assert len({task.key for task in seeds}) == len(seeds)
+        assert not any(is_held_out(task.program) for task in seeds)
+
+
+def test_every_stored_task_is_true(run: Run, step: Step) -> None:
+    """Gold outputs are what real Python gives: judged by the executor on the proposed input itself."""
+    from azr_jax.selfplay import answer_check
+
+    checks = []
+    for kind in KINDS:
+        for task in run.selfplay.buffers.tasks(kind):
+            answer = {Kind.DEDUCTION: task.output, Kind.ABDUCTION: task.input, Kind.INDUCTION: task.program}[kind]
+            checks.append(answer_check(str(len(checks)), task, answer))
+    assert checks and all(verdict.correct for verdict in run.pool.run_all(checks))
+
+
+def test_a_step_has_the_shape_of_algorithm_1(step: Step) -> None:
+    batch = CONFIG.tasks.batch
+    assert len(step.proposals) == len(KINDS) * batch
+    assert [sum(a.kind is kind for a in step.solutions) for kind in KINDS] == [batch] * 3
+    valid = [a for a in step.proposals if a.outcome is Outcome.VALID]
+    assert valid and len(step.estimates) == len(valid) * CONFIG.tasks.samples
+    assert len(step.trained(CONFIG)) == 2 * len(KINDS) * batch
+    assert len(step.trained(replace(CONFIG, control="frozen_proposer"))) == len(KINDS) * batch
+    assert {group_index(a.role, a.kind) for a in step.trained(CONFIG)} == set(range(len(GROUPS)))
+
+
+def test_solver_trains_on_this_steps_tasks_first(step: Step) -> None:
+    fresh = {a.task.key for a in step.proposals if a.outcome is Outcome.VALID and a.task}
+    for kind in KINDS:
+        new = [key for key in fresh if key.startswith(kind.value)]
+        used = {a.task.key for a in step.solutions if a.kind is kind and a.task}
+        assert set(new) <= used
+
+
+def test_rewards_follow_outcomes(step: Step) -> None:
+    by_proposal: dict[tuple, list[bool]] = {}
+    for sample in step.estimates:
+        by_proposal.setdefault(sample.identity[:-2], []).append(sample.correct)
+    for attempt in step.proposals:
+        if attempt.outcome is Outcome.VALID:
+            rate = np.mean(by_proposal[attempt.identity])
+            assert attempt.solve_rate == pytest.approx(rate)
+            assert attempt.reward == pytest.approx(0.0 if rate in (0, 1) else 1 - rate)
+        elif attempt.outcome is Outcome.DUPLICATE:
+            assert attempt.reward == 0.0
+        else:
+            assert attempt.reward == -1.0
+    for attempt in step.solutions:
+        wanted = -1.0 if attempt.answer is None else (1.0 if attempt.correct else -0.5)
+        assert attempt.reward == wanted
+
+
+def test_learnability_samples_of_a_task_differ(step: Step) -> None:
+    """Samples drawn greedily would make every solve rate 0 or 1 (the released code's main branch)."""
+    texts: dict[tuple, set[str]] = {}
+    for sample in step.estimates:
+        texts.setdefault(sample.identity[:-2], set()).add(sample.response)
+    assert np.mean([len(group) > 1 for group in texts.values()]) > 0.5
+
+
+def test_ids_reach_the_learner_untouched(step: Step) -> None:
+    for attempt in step.trained(CONFIG):
+        trajectory = attempt.trajectory()
+        assert attempt.completion is not None
+        assert trajectory.response is attempt.completion.tokens
+        assert trajectory.logprobs is attempt.completion.logprobs
+
+
+def test_a_step_is_a_function_of_weights_buffers_seed_and_number(run: Run, pool: ExecutorPool) -> None:
+    params = run.sampling_weights(run.fresh_state())
+    results = []
+    for seed in (0, 0, 1):
+        play = variant(run, seed=seed)
+        play.seed(params)
+        step = play.step(params, 1)
+        results.append([(a.response, a.reward) for a in [*step.proposals, *step.estimates, *step.solutions]])
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+def test_held_out_programs_are_refused(run: Run) -> None:
+    params = run.sampling_weights(run.fresh_state())
+    play = SelfPlay(CONFIG, run.engine, run.pool, run.prompts, held_out=lambda program: "return x" in program)
+    proposals = play.propose(params, 0, KINDS[:1], ("test",))
+    play.validate(proposals, 0)
+    refused = [a for a in proposals if a.reason == "held_out"]
+    assert refused and all(a.outcome is Outcome.DUPLICATE for a in refused)
+    assert not any("return x" in task.program for task in play.buffers.tasks(Kind.DEDUCTION))
+
+
+@pytest.mark.parametrize("control", ["random_rewards", "constant_learnability"])
+def test_controls_change_only_rewards(run: Run, control: str) -> None:
+    params = run.sampling_weights(run.fresh_state())
+    plain, controlled = variant(run), variant(run, control=control)
+    steps = []
+    for play in (plain, controlled):
+        play.seed(params)
+        steps.append(play.step(params, 1))
+    texts = [[a.response for a in [*s.proposals, *s.estimates, *s.solutions]] for s in steps]
+    assert texts[0] == texts[1]
+    if control == "random_rewards":
+        assert {a.reward for a in steps[1].solutions} <= {1.0, -0.5}
+        assert [a.reward for a in steps[0].solutions] != [a.reward for a in steps[1].solutions]
+    else:
+        valid = [a.reward for a in steps[1].proposals if a.outcome is Outcome.VALID]
+        assert valid and set(valid) == {CONSTANT_LEARNABILITY}
+
+
+def test_presets_reach_the_step(run: Run) -> None:
+    params = run.sampling_weights(run.fresh_state())
+    play = variant(run, preset="reference")
+    assert play.rules is PRESETS["reference"]
+    play.seed(params)
+    step = play.step(params, 1)
+    # Last step's tasks are the seeds; this step's proposals wait for the next one.
+    assert {a.task.step for a in step.solutions if a.task} == {0}
+    extremes = [a.reward for a in step.proposals if a.solve_rate in (0.0, 1.0)]
+    assert extremes and set(extremes) == {-0.5}
+    assert not any(a.outcome is Outcome.DUPLICATE and a.reason == "duplicate" for a in step.proposals)
+
+
+def test_what_our_own_fault_left_unjudged_is_not_trained_on(run: Run) -> None:
+    class Broken:
+        def run_all(self, requests: list) -> list:
+            from azr_jax.executor import Verdict
+
+            return [Verdict(id=request.id, status="infra") for request in requests]
+
+    play = SelfPlay(CONFIG, run.engine, Broken(), run.prompts)  # type: ignore[arg-type]
+    task = run.selfplay.buffers.tasks(Kind.DEDUCTION)[0]
+    attempt = play.solve_attempt(task, ("test",))
+    attempt.completion = Completion(np.array([2], np.int32), np.zeros(1, np.float32), "eos")
+    attempt.response = "<ans>1"
+    play.judge([attempt])
+    assert not attempt.scored
+    assert Step(1, [], [], [attempt]).trained(CONFIG) == []
+
+
+def test_metrics_are_in_the_glossary(run: Run, step: Step) -> None:
+    row = step_metrics(step, run.selfplay.buffers, run.prompts)
+    assert unknown_names(row) == []
+    assert 0 < row["propose/rate_between"] < 1 and row["solve/length/induction"] > 1
+
+
+def test_prompts_that_do_not_fit_lose_references_not_the_run(run: Run) -> None:
+    play = variant(run, tasks=replace(CONFIG.tasks, references=6))
+    params = run.sampling_weights(run.fresh_state())
+    play.buffers = run.selfplay.buffers
+    attempts: list[Attempt] = play.propose(params, 9, [Kind.DEDUCTION], ("test",))
+    assert len(attempts) == CONFIG.tasks.batch
+    assert all(run.engine.fits(a.prompt) and a.role is Role.PROPOSE for a in attempts)
+    assert any(len(a.references) < 6 for a in attempts)
