@@ -10,7 +10,6 @@ Not here: text (tasks/), running programs (executor/), sampling (rollout/).
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -82,7 +81,7 @@ class Step:
     proposals: list[Attempt]
     estimates: list[Attempt]
     solutions: list[Attempt]
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def trained(self, config: Config) -> list[Attempt]:
         """The attempts the update is made from (paper: 6 B of them; with `reuse_estimates` the estimates as well)."""
@@ -106,7 +105,7 @@ class SelfPlay:
         self.rules = PRESETS[config.preset]
         self.engine, self.pool, self.prompts, self.held_out = engine, pool, prompts, held_out
         self.buffers = TaskBuffers(config.tasks.buffer_cap, self.rules)
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
 
     def step(self, params: Params, number: int) -> Step:
         """Algorithm 1, lines 3 to 14: from the buffers to rewarded trajectories. `number` counts from 1."""
@@ -119,21 +118,21 @@ class SelfPlay:
         self.generate(params, estimates + solutions, "solve")
         self.judge(estimates + solutions)
         self.reward(proposals, estimates, solutions, number)
-        return Step(number, proposals, estimates, solutions, Counter(self.seconds))
+        return Step(number, proposals, estimates, solutions, dict(self.seconds))
 
     def seed(self, params: Params) -> None:
         """Fill each buffer to seed_factor * batch from the identity program, without updates (paper section 3.3.1)."""
         target = self.config.tasks.seed_factor * self.config.tasks.batch
         for turn in range(SEED_ROUNDS):
             # Induction needs programs, so it starts once deduction and abduction are full.
-            programs = [k for k in KINDS if k is not Kind.INDUCTION and self.buffers.size(k) < target]
-            kinds = programs or [k for k in KINDS if self.buffers.size(k) < target]
-            if not kinds:
+            missing = [kind for kind in KINDS if self.buffers.size(kind) < target]
+            if not missing:
                 return
+            kinds = [kind for kind in missing if kind is not Kind.INDUCTION] or missing
             self.validate(self.propose(params, 0, kinds, ("seed", turn)), 0, most=target)
-        missing = {k.value: self.buffers.size(k) for k in KINDS if self.buffers.size(k) < target}
+        short = {kind.value: self.buffers.size(kind) for kind in KINDS if self.buffers.size(kind) < target}
         raise UserError(
-            f"seeding: after {SEED_ROUNDS} rounds some buffers hold fewer than {target} valid tasks: {missing}. "
+            f"seeding: after {SEED_ROUNDS} rounds some buffers hold fewer than {target} valid tasks: {short}. "
             "The model proposes too few valid tasks; try another tasks.prompt_format or a smaller tasks.seed_factor"
         )
 
@@ -298,7 +297,7 @@ class SelfPlay:
         """Add the time of a block to `seconds[phase]`."""
         started = time.monotonic()
         yield
-        self.seconds[phase] += time.monotonic() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
 
 
 def answer_check(identity: str, task: Task, answer: str) -> Check:

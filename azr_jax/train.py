@@ -138,7 +138,7 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             step = run.selfplay.step(run.sampling_weights(state), number)
             with run.selfplay.timed("update"):
                 state, learned = run.learn(state, step)
-            step.seconds.update(run.selfplay.seconds - step.seconds)
+            step.seconds = dict(run.selfplay.seconds)
             metrics = step_metrics(step, run.selfplay.buffers, run.prompts) | learned
             metrics |= _machine_metrics(run, step)
             if run.evaluation and (number % config.eval.every == 0 or number == config.steps):
@@ -194,16 +194,15 @@ def _timed_evaluation(run: Run, state: TrainState) -> dict[str, float]:
     started = time.monotonic()
     row = run.evaluation.measure(run.evaluator(run.sampling_weights(state)))
     shown = [f"{name} {100 * row[f'eval/sampled/{name}']:.1f}" for name in (*(k.value for k in KINDS), "pooled")]
-    gain = row["eval/gain/sampled/pooled"], row["eval/gain/greedy/pooled"]
-    points = "sampled %+.1f, greedy %+.1f" % tuple(100 * g for g in gain)
-    log.info("held-out pass@1 in %%, sampled: %s; gain since the start: %s points", ", ".join(shown), points)
+    gains = [f"{mode} {100 * row[f'eval/gain/{mode}/pooled']:+.1f}" for mode in ("sampled", "greedy")]
+    log.info("held-out pass@1 in %%, sampled: %s; gain so far: %s points", ", ".join(shown), ", ".join(gains))
     return row | {"time/eval": time.monotonic() - started}
 
 
 def _machine_metrics(run: Run, step: Step) -> dict[str, float]:
     attempts = [*step.proposals, *step.estimates, *step.solutions]
     tokens = sum(len(a.completion.tokens) for a in attempts if a.completion)
-    generating = step.seconds["propose"] + step.seconds["solve"]
+    generating = step.seconds.get("propose", 0.0) + step.seconds.get("solve", 0.0)
     truncated = sum(a.completion is not None and a.completion.finish == "length" for a in attempts)
     return {
         "sampler/sequences": float(len(attempts)),

@@ -107,7 +107,7 @@ def run(seed: int, control: str, overrides: list[str], folder: Path) -> dict[str
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: pooled gains on fresh tasks, by run."""
-    lines = ["| control | seed | steps | minutes | sampled | greedy | best to last (sampled) |", "|---|---|---|---|---|---|---|"]
+    lines = ["| control | seed | steps | minutes | sampled | greedy | best to last (sampled) |", "|---" * 7 + "|"]
     for entry in runs:
         cells = []
         for mode in ("sampled", "greedy"):

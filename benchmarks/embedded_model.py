@@ -2,9 +2,9 @@
 
     python benchmarks/embedded_model.py --per-kind 1000 --out benchmarks/results/embedded_model.json
 
-Greedy and sampled pass@1 on held-out programs in three modes: `free` (the model chooses whether to think), `direct` (the
-prompt ends in the answer tag), `think` (the prompt ends in the think tag); by kind and by number of statements.
-Then 1,000 proposals of each kind from the identity program: validity and diversity. Model programs run in the executor.
+Greedy and sampled pass@1 on held-out programs in three modes: `free` (the model chooses whether to think), `direct`
+(the prompt ends in the answer tag), `think` (it ends in the think tag); by kind and by number of statements. Then
+1,000 proposals of each kind from the identity program: validity and diversity. Programs run in the executor.
 """
 
 from __future__ import annotations

@@ -35,7 +35,12 @@ def command(run_dir: Path, *overrides: str) -> list[str]:
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device: compiles faster
     return subprocess.Popen(
-        command(run_dir, *overrides), cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(run_dir, *overrides),
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from azr_jax.config import LearnConfig
@@ -20,18 +21,23 @@ def learning_rate(config: LearnConfig, steps: int) -> optax.Schedule:
 
     The last of `steps` updates has the final rate; later ones keep it.
     """
-    decay = max(steps - 1 - config.warmup, 1)
-    if config.schedule == "linear":
-        body = optax.linear_schedule(config.lr, config.lr * config.final_lr, decay)
-    elif config.schedule == "cosine":
-        body = optax.cosine_decay_schedule(config.lr, decay, alpha=config.final_lr)
-    else:
-        body = optax.constant_schedule(config.lr)
+    body = _decay(config, max(steps - 1 - config.warmup, 1))
     if config.warmup == 0:
         return body
     # Update 0 already moves: the ramp is lr / warmup, 2 lr / warmup, ..., lr.
     ramp = optax.linear_schedule(config.lr / config.warmup, config.lr, max(config.warmup - 1, 1))
     return optax.join_schedules([ramp, body], [config.warmup])
+
+
+def _decay(config: LearnConfig, updates: int) -> optax.Schedule:
+    """From lr at update 0 to final_lr * lr after `updates` more."""
+    final = config.lr * config.final_lr
+    if config.schedule == "constant":
+        return optax.constant_schedule(config.lr)
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(config.lr, updates, alpha=config.final_lr)
+    linear = optax.linear_schedule(config.lr, final, updates)
+    return lambda count: jnp.maximum(linear(count), final)  # rounding must not carry it below, to a negative rate
 
 
 def decayed(specs: Any) -> Any:

@@ -33,10 +33,10 @@ _FORMAT = CompactFormat()
 
 #: Code fragments that are one token each. Everything else is spelt in characters, digits one by one.
 FRAGMENTS = (
-    "def f(x):", "def f(a):", "\n    x = ", "\n    return ", "\n", "    ", ", ", "x + ", "x - ", " - x", "x * ", "x // ",
-    "x % ", " + x", "abs(x)", "[x, ", "str(x)", " if x > ", " else x - ", "x[::-1]", "sorted(x)", "x + [", "] + x",
-    "x[1:]", "x[:-1]", "[v + ", "[v * 2", " for v in x]", "[v for v in x if v > ", "sum(x)", "max(x)", "min(x)",
-    "len(x)", "x[0]", "x[-1]", "x.count(", "x.find(", "''.join(", "x.upper()", "x.replace(", " steps",
+    "def f(x):", "def f(a):", "\n    x = ", "\n    return ", "\n", "    ", ", ", "x + ", "x - ", " - x", "x * ",
+    "x // ", "x % ", " + x", "abs(x)", "[x, ", "str(x)", " if x > ", " else x - ", "x[::-1]", "sorted(x)", "x + [",
+    "] + x", "x[1:]", "x[:-1]", "[v + ", "[v * 2", " for v in x]", "[v for v in x if v > ", "sum(x)", "max(x)",
+    "min(x)", "len(x)", "x[0]", "x[-1]", "x.count(", "x.find(", "''.join(", "x.upper()", "x.replace(", " steps",
 )  # fmt: skip
 
 

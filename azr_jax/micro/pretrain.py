@@ -80,7 +80,8 @@ def prefetch(stream: Iterator[Rows], depth: int = 64) -> Iterator[Rows]:
 
 def loss_fn(params: Params, config: ModelConfig, rows: Rows) -> jax.Array:
     """Weighted mean negative log-likelihood of packed rows."""
-    hidden = forward(params, config, rows.tokens, rows.positions, rows.segments)
+    tokens, positions, segments = map(jnp.asarray, (rows.tokens, rows.positions, rows.segments))
+    hidden = forward(params, config, tokens, positions, segments)
     logits = unembed(params, config, hidden)[:, :-1]  # [B, T - 1, V]
     targets, weights = rows.tokens[:, 1:], rows.weights[:, 1:]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

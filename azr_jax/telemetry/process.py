@@ -18,7 +18,7 @@ class CompileCounter:
         self.programs = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.programs += event == COMPILE_EVENT
 
 
