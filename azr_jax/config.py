@@ -109,6 +109,7 @@ class Config:
     preset: Literal["fixed", "paper", "reference"] = "fixed"  #: see PRESETS and docs/differences.md
     model: str = "embedded"  #: `embedded`, or the path of a Hugging Face folder
     control: Control = "none"  #: ablation to run instead of the full algorithm
+    wandb_project: str = "none"  #: also send metrics to this Weights & Biases project; none: do not
     tasks: TasksConfig = field(default_factory=TasksConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 import jax
@@ -44,6 +44,7 @@ from azr_jax.telemetry.progress import Progress, before_after_table, comparisons
 from azr_jax.telemetry.report import write_report
 from azr_jax.telemetry.run_folder import RunFolder
 from azr_jax.telemetry.step_metrics import step_metrics
+from azr_jax.telemetry.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ class Run:
 def train(config: Config, config_path: str, allow_config_change: bool = False) -> int:
     """`azr-jax train`: run or resume; returns the exit code. `config_path` is only shown."""
     folder = RunFolder.open(config.run_dir, config_to_yaml(config), allow_config_change)
-    with folder, GracefulStop() as stop, ExecutorPool(config.executor) as pool:
+    wandb = WandbSink(config.wandb_project, folder.path, asdict(config))
+    with folder, wandb, GracefulStop() as stop, ExecutorPool(config.executor) as pool:
         run = Run(config, pool)
         checkpoints = Checkpointer(folder.checkpoints, config.checkpoint.keep)
         log.info(
@@ -145,6 +147,7 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
                 metrics |= _timed_evaluation(run, state)
             metrics["time/step"] = time.monotonic() - started
             _write(folder, run, step, metrics)
+            wandb.log(number, metrics)
             log.info("%s", progress.line(number, metrics))
             if number % config.checkpoint.every == 0:
                 _save(checkpoints, number, state, run)

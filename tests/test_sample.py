@@ -56,7 +56,7 @@ def run(folder, pool, monkeypatch, capsys, caplog):
 
     monkeypatch.setattr(sample, "ExecutorPool", Borrowed)
 
-    def run(*arguments: str, typed: str = "", responses: tuple[str, ...] | None = None, code: int = 0) -> str:
+    def run(*arguments: str, typed: str = "", responses: tuple[str, ...] | None = None) -> str:
         answers = iter(responses or ())
 
         def complete(self, text, stop=()):
@@ -66,7 +66,7 @@ def run(folder, pool, monkeypatch, capsys, caplog):
             monkeypatch.setattr(sample.Model, "complete", complete)
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         caplog.set_level(logging.INFO)
-        assert main(["sample", "--model", folder, *arguments]) == code
+        assert main(["sample", "--model", folder, *arguments]) == 0
         return capsys.readouterr().out
 
     return run
@@ -89,17 +89,16 @@ def test_zero_temperature_needs_no_seed(run):
     assert run(*greedy, "1") == run(*greedy, "2")
 
 
-def test_prompts_that_cannot_be(run, capsys):
-    main(["sample", "--model", "nowhere", "--prompt", "x"])
+@pytest.mark.parametrize(("text", "said"), [("", "empty"), ("x" * (sample.MAX_PROMPT + 1), "6145 tokens")])
+def test_prompts_that_cannot_be(folder, capsys, text, said):
+    assert main(["sample", "--model", folder, "--prompt", text]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_model_that_is_not_there(capsys):
+    assert main(["sample", "--model", "nowhere", "--prompt", "x"]) == 1
     assert "no such folder" in capsys.readouterr().err
-    run("--prompt", "", code=1)
-    run("--prompt", "x" * (sample.MAX_PROMPT + 1), code=1)
-
-
-def test_too_long_and_empty_name_the_limit(folder, capsys):
-    for text, said in (("", "empty"), ("x" * (sample.MAX_PROMPT + 1), f"{sample.MAX_PROMPT + 1} tokens")):
-        assert main(["sample", "--model", folder, "--prompt", text]) == 1
-        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "warned"), [("naïve", True), ("a\tb", True), ("it's plain ~\n", False)])

@@ -144,21 +144,17 @@ def test_in_another_batch_size_and_block(batch, block):
     assert_same(other.generate(params_of(), requests(20)), baseline())
 
 
-def test_padded_to_another_bucket():
-    """Short and long prompts together; under twice the limit they all share the lower bucket."""
+def test_padded_to_other_limits():
+    """Short and long prompts together; under twice the limit they share a bucket, and a prefix stays what it was."""
     mixed = requests(16, longest=12)
     assert {len(r.prompt) > 6 for r in mixed} == {True, False}
-    got = engine(replace(ROLLOUT, block=64), MANY_EOS).generate(params_of(), mixed)
-    wider = engine(replace(ROLLOUT, max_prompt=24, block=64), MANY_EOS)
-    assert_same(wider.generate(params_of(), mixed), got)
-
-
-def test_with_a_longer_limit_the_prefix_is_the_same():
-    longer = engine(replace(ROLLOUT, max_response=31, block=64), MANY_EOS)
-    for got, want in zip(longer.generate(params_of(), requests(20)), baseline(), strict=True):
-        n = len(want.tokens)
-        np.testing.assert_array_equal(got.tokens[:n], want.tokens)
-        np.testing.assert_allclose(got.logprobs[:n], want.logprobs, atol=1e-5)
+    want = engine(replace(ROLLOUT, block=64), MANY_EOS).generate(params_of(), mixed)
+    wider = engine(replace(ROLLOUT, max_prompt=24, max_response=31, block=64), MANY_EOS)
+    for short, long in zip(want, wider.generate(params_of(), mixed), strict=True):
+        n = len(short.tokens)
+        np.testing.assert_array_equal(long.tokens[:n], short.tokens)
+        np.testing.assert_allclose(long.logprobs[:n], short.logprobs, atol=1e-5)
+        assert (len(long.tokens) > n) == (short.finish == "length")
 
 
 @pytest.mark.parametrize(("mesh", "block"), [(MeshConfig(1, 8, 1), 64), (MeshConfig(2, 2, 2), 4)], ids=str)
@@ -224,10 +220,10 @@ def test_temperatures_may_differ_within_a_batch():
 
 
 def test_first_tokens_follow_the_softmax():
-    """2048 copies of one prompt: frequencies of the first two tokens, in the engine, against the full forward."""
+    """3072 copies of one prompt: frequencies of the first two tokens, in the engine, against the full forward."""
     many = engine(replace(ROLLOUT, max_response=2, batch=512))
     prompt = (9, 1, 33, 60)
-    completions = many.generate(params_of(), [Request(prompt, request_key(1, i), 0.7) for i in range(2048)])
+    completions = many.generate(params_of(), [Request(prompt, request_key(1, i), 0.7) for i in range(3072)])
 
     def softmax(ids: tuple[int, ...]) -> np.ndarray:
         tokens = jnp.asarray([ids])
@@ -239,7 +235,7 @@ def test_first_tokens_follow_the_softmax():
     seconds = [int(c.tokens[1]) for c in completions if int(c.tokens[0]) == common]
     for drawn, probability in ((firsts, softmax(prompt)), (seconds, softmax((*prompt, common)))):
         expected = probability * len(drawn)
-        frequent = expected >= 8
+        frequent = expected >= 5
         counts = np.bincount(drawn, minlength=64)
         expected = np.append(expected[frequent], expected[~frequent].sum())
         counts = np.append(counts[frequent], counts[~frequent].sum())
