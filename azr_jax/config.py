@@ -81,7 +81,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """In-training evaluation on the fixed held-out set of micro programs."""
+    """In-training evaluation on fixed sets of held-out micro programs."""
 
     every: int = 0  #: steps between evaluations; 0: never
     per_kind: int = 500  #: held-out programs of each kind

@@ -197,6 +197,18 @@ def test_output_for_people(run):
     )
 
 
+def test_only_a_model_that_knows_the_tags_gets_compact_prompts(folder, monkeypatch):
+    assert sample.Model(folder, 1.0, 0).compact
+
+    class Bytes:
+        def encode(self, text: str) -> list[int]:
+            return list(text.encode())
+
+    monkeypatch.setattr(sample, "load_tokenizer", lambda folder: Bytes())
+    model = sample.Model(folder, 1.0, 0)
+    assert not model.compact and model.prompts.stop == ("</answer>",)
+
+
 def test_a_real_response_is_judged_without_a_script(run):
     """Everything but the words is real: the untrained model babbles, which is a bad format."""
     (record,) = objects(run("--json", "--temperature", "0.5", typed=f"{PROGRAM}\n\n3\n"))

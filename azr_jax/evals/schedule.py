@@ -23,31 +23,40 @@ MODES = {"sampled": 1.0, "greedy": 0.0}  # mode -> temperature
 Evaluate = Callable[[list[Task], float], Outcome]
 
 
-def _kinds() -> list[tuple[str, Kind | None]]:
+def _sets(split: str) -> list[tuple[str, Kind | None]]:
+    """(name of the set, its kind) for a split: every kind and all pooled, or the split as a whole."""
+    if split != "standard":
+        return [(split, None)]
     return [*((kind.value, kind) for kind in KINDS), ("pooled", None)]
 
 
 class FixedEvaluation:
-    """The fixed set; remembers the first outcome, so that later ones are reported as paired gains."""
+    """The fixed set; remembers the first outcomes, so that later ones are reported as paired gains.
+
+    per_kind tasks of each kind; of the out-of-distribution splits a quarter as many of each of their two kinds.
+    """
 
     def __init__(self, per_kind: int) -> None:
-        self.tasks = held_out_tasks("standard", per_kind, FIXED_SEED)
+        sizes = {"standard": per_kind, "longer": -(-per_kind // 4), "bigger": -(-per_kind // 4)}
+        self.tasks = {split: held_out_tasks(split, sizes[split], FIXED_SEED) for split in SPLITS}
         self.baseline: dict[str, list[bool]] = {}
 
     def measure(self, evaluate: Evaluate) -> dict[str, float]:
         """eval/ metrics of the current weights."""
         row: dict[str, float] = {}
-        for mode, temperature in MODES.items():
-            outcome = evaluate(self.tasks, temperature)
-            first = self.baseline.setdefault(mode, list(outcome.correct))
-            for name, kind in _kinds():
-                _put(row, f"eval/{mode}/{name}", outcome.accuracy(kind))
-                gain = paired_difference(outcome.of(kind, first), outcome.of(kind, outcome.correct))
-                _put(row, f"eval/gain/{mode}/{name}", gain)
-                row[f"eval/count/{name}"] = float(gain.n)
-            thinks = [t for k in (Kind.DEDUCTION, Kind.ABDUCTION) for t in outcome.of(k, outcome.thinks)]
-            row[f"eval/think_share/{mode}"] = sum(thinks) / len(thinks)
-            row[f"eval/length/{mode}"] = outcome.mean_length()
+        for split, tasks in self.tasks.items():
+            for mode, temperature in MODES.items():
+                outcome = evaluate(tasks, temperature)
+                first = self.baseline.setdefault(f"{split}/{mode}", list(outcome.correct))
+                for name, kind in _sets(split):
+                    _put(row, f"eval/{mode}/{name}", outcome.accuracy(kind))
+                    gain = paired_difference(outcome.of(kind, first), outcome.of(kind, outcome.correct))
+                    _put(row, f"eval/gain/{mode}/{name}", gain)
+                    row[f"eval/count/{name}"] = float(gain.n)
+                if split == "standard":
+                    thinks = [t for k in (Kind.DEDUCTION, Kind.ABDUCTION) for t in outcome.of(k, outcome.thinks)]
+                    row[f"eval/think_share/{mode}"] = sum(thinks) / len(thinks)
+                    row[f"eval/length/{mode}"] = outcome.mean_length()
         return row
 
 
@@ -65,7 +74,7 @@ def fresh_comparison(before: Evaluate, after: Evaluate, per_kind: int, seed: int
         tasks = held_out_tasks(split, per_kind if split == "standard" else -(-per_kind // 2), FRESH_SEED + seed)
         for mode, temperature in MODES.items():
             old, new = before(tasks, temperature), after(tasks, temperature)
-            for name, kind in _kinds() if split == "standard" else [(split, None)]:
+            for name, kind in _sets(split):
                 gain = new.gain_over(old, kind)
                 a, b = old.accuracy(kind).value, new.accuracy(kind).value
                 lines.append(Comparison(mode, name, a, b, gain.value, gain.low, gain.high, gain.n))

@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases, if `wandb_project` names a project. metrics.jsonl is written in any case and is the record.
+"""Metrics to Weights & Biases, if `wandb_project` names a project; metrics.jsonl is written in any case.
 
 A resumed run goes on under the same id, made from the run folder's name. Nothing is sent but config and metrics: no
 prompts, no responses, no code.

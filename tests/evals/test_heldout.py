@@ -70,12 +70,15 @@ def test_every_gold_answer_is_right_and_nonsense_is_wrong(pool: ExecutorPool) ->
 
 def test_gain_is_paired_to_the_first_measurement(pool: ExecutorPool) -> None:
     evaluation = FixedEvaluation(per_kind=10)
-    half = [task for kind in KINDS for task in [t for t in evaluation.tasks if t.kind is kind][:5]]
+    standard = evaluation.tasks["standard"]
+    half = [task for kind in KINDS for task in [t for t in standard if t.kind is kind][:5]]
+    everything = [task for tasks in evaluation.tasks.values() for task in tasks]
     first = evaluation.measure(lambda tasks, temperature: outcome(Oracle(half), pool, tasks))
-    second = evaluation.measure(lambda tasks, temperature: outcome(Oracle(evaluation.tasks, True), pool, tasks))
+    second = evaluation.measure(lambda tasks, temperature: outcome(Oracle(everything, True), pool, tasks))
     assert unknown_names(first) == unknown_names(second) == []
     assert first["eval/greedy/pooled"] == 0.5 and first["eval/gain/greedy/pooled"] == 0.0
     assert second["eval/gain/sampled/deduction"] == 0.5 and second["eval/gain/sampled/pooled_low"] > 0.2
+    assert second["eval/gain/greedy/longer"] == second["eval/gain/sampled/bigger"] == 1.0
     assert first["eval/think_share/sampled"] == 0.0 and second["eval/think_share/sampled"] == 1.0
 
 
