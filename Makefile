@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(CPU_ENV) $(BIN)/azr-jax train configs/demo.yaml
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
