@@ -20,7 +20,7 @@ class TasksConfig:
     samples: int = 8  #: n, solver samples per valid proposal that estimate learnability
     seed_factor: int = 4  #: each buffer is seeded with seed_factor * batch tasks
     buffer_cap: int = 16384  #: most tasks a buffer holds
-    prompt_format: Literal["auto", "full", "compact"] = "auto"  #: auto: compact for the embedded model, else full
+    prompt_format: Literal["auto", "full", "compact"] = "auto"  #: auto: compact for models that have its tags as tokens
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Request, request_key
 from azr_jax.selfplay import answer_check
 from azr_jax.tasks.buffers import seed_task
-from azr_jax.tasks.compact import TAGS, CompactFormat
+from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import Kind, Role, Task
 from azr_jax.tasks.prompts import select_format
 from azr_jax.tasks.validation import distinct_inputs, proposal_rejection
@@ -61,9 +61,7 @@ class Model:
         folder = model_folder(name)
         self.config = ModelConfig.load(folder)
         self.tokenizer = load_tokenizer(folder)
-        # A trained copy of the embedded model has another path, but still reads every tag as one token.
-        knows_tags = all(len(self.tokenizer.encode(tag)) == 1 for tag in TAGS)
-        self.prompts = select_format("compact" if knows_tags else "auto", name)
+        self.prompts = select_format("auto", self.tokenizer.encode)
         self.compact = isinstance(self.prompts, CompactFormat)
         self.mesh = make_mesh(MeshConfig())
         self.params = jax.device_put(load_weights(folder, self.config), param_shardings(self.config, self.mesh))

@@ -6,10 +6,10 @@ one tag a field. Parsing never raises: a response that does not follow its forma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
-from azr_jax.tasks.compact import CompactFormat
+from azr_jax.tasks.compact import TAGS, CompactFormat
 from azr_jax.tasks.full import FullFormat
 from azr_jax.tasks.kinds import Kind, Proposal, Task
 
@@ -35,8 +35,13 @@ class PromptFormat(Protocol):
         """Whether the response reasons before it answers."""
 
 
-def select_format(name: Literal["auto", "full", "compact"], model: str) -> PromptFormat:
-    """The format of `tasks.prompt_format`; `auto` is compact for the model `embedded`, else full."""
-    if name == "compact" or (name == "auto" and model == "embedded"):
+def select_format(
+    name: Literal["auto", "full", "compact"], encode: Callable[[str], Sequence[int]]
+) -> PromptFormat:
+    """The format of `tasks.prompt_format`; `auto` is compact for a model whose tokenizer has every tag as one token.
+
+    So a trained copy of the embedded model keeps its format wherever it lies. `encode`: text to token ids.
+    """
+    if name == "compact" or (name == "auto" and all(len(encode(tag)) == 1 for tag in TAGS)):
         return CompactFormat()
     return FullFormat()

@@ -172,7 +172,9 @@ def test_blocks() -> None:
 
 
 def test_selection() -> None:
-    assert isinstance(select_format("auto", "embedded"), CompactFormat)
-    assert isinstance(select_format("auto", "/models/some-7b"), FullFormat)
-    assert isinstance(select_format("full", "embedded"), FullFormat)
-    assert isinstance(select_format("compact", "/models/some-7b"), CompactFormat)
+    tags_are_tokens = lambda text: [7]  # noqa: E731
+    characters = lambda text: [ord(c) for c in text]  # noqa: E731
+    assert isinstance(select_format("auto", tags_are_tokens), CompactFormat)
+    assert isinstance(select_format("auto", characters), FullFormat)
+    assert isinstance(select_format("full", tags_are_tokens), FullFormat)
+    assert isinstance(select_format("compact", characters), CompactFormat)
