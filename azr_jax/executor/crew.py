@@ -138,11 +138,14 @@ class Crew:
         return len(self._children) - self._slow < self._slots and len(self._children) < self._max_children
 
     def _choose(self, used: set[int] | None) -> Worker | None:
-        """The least busy worker not in `used`; None if one has to start first."""
+        """The least busy worker not in `used`, two children counting as one; None if one has to start first.
+
+        Two at a time keep a worker's memory in the cache, where one each would take turns in pushing the other's out.
+        """
         able = [worker for worker in self.workers if worker.ready and not worker.retired]
         fresh = [worker for worker in able if not used or worker.serial not in used]
         if fresh:
-            return min(fresh, key=lambda worker: len(worker.children))
+            return min(fresh, key=lambda worker: len(worker.children) // 2)
         if all(worker.ready for worker in self.workers):  # none is on its way
             if able and len(self.workers) >= max(SEEDS, self._size):
                 min(able, key=lambda worker: len(worker.children)).retired = True

@@ -39,6 +39,7 @@ def lock_worker(memory_bytes: int) -> dict[str, bool]:
     if sys.platform != "linux":
         return {"unprivileged_user": _drop_user(), "rlimits": _limit(memory_bytes)}
     libc = ctypes.CDLL(None, use_errno=True)
+    _go_first_when_memory_ends()
     _blank_clock_page(libc)
     return {
         "unprivileged_user": _drop_user(),
@@ -131,6 +132,15 @@ def _mapped_bytes() -> int:
             return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return 64 << 20
+
+
+def _go_first_when_memory_ends() -> None:
+    """Make this process and its children the kernel's first choice when memory runs out, before the trainer."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:  # no /proc here; nothing depends on it
+        pass
 
 
 def _blank_clock_page(libc: ctypes.CDLL) -> None:

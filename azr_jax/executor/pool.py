@@ -104,6 +104,11 @@ class ExecutorPool:
         """Requests whose verdict has not been handed out yet."""
         return len(self._open) + len(self._finished)
 
+    @property
+    def broker_pid(self) -> int:
+        """Process id of the broker, whose children are the workers; it changes when a dead broker is replaced."""
+        return self._process.pid
+
     def fileno(self) -> int:
         """A descriptor that is readable when `poll` has something to do."""
         return self._control.fileno()

@@ -96,9 +96,14 @@ class Worker:
         self.fault = ""
         self.started = time.monotonic()
         self.control, theirs = socket.socketpair()
-        self.process = start_python("zygote", [str(memory_mb << 20)], theirs, quiet=True)
-        theirs.close()
         self.control.setblocking(False)
+        try:
+            self.process = start_python("zygote", [str(memory_mb << 20)], theirs, quiet=True)
+        except OSError:
+            self.control.close()
+            raise
+        finally:
+            theirs.close()
         self._buffer = b""
 
     def fork(self, child: ChildProcess, task_socket: socket.socket) -> None:

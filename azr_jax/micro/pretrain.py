@@ -93,7 +93,7 @@ def train(
 ) -> Params:
     """Weights after `updates` updates; `observe(update, params)` is called every OBSERVE updates and at the end."""
     params = init_params(config, seed)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, min(WARMUP, updates), updates)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, min(WARMUP, updates // 10), updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
     def update(params: Params, opt_state: optax.OptState, rows: Rows) -> tuple:
