@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from collections import OrderedDict, deque
+from itertools import islice
 
 from azr_jax.executor import child as child_side
 from azr_jax.executor.runs import Limits, Outcome, Run, read_outcome
@@ -28,6 +29,7 @@ _PATIENCE = 0.1  # seconds after which a child counts as slow
 _STARVED_SHARE = 0.05  # of the wall time: a child that got less CPU than this sleeps, one that got more is starved
 _STARVED_EXTENSION = 10  # times the wall limit that a starved child may take
 _MAX_TOGETHER = 16  # runs in one child
+_LOOK_AHEAD = 64  # groups looked at while the first ones wait for a worker to start
 _RECYCLE_FORKS = 5000
 _RECYCLE_MB = 200.0  # a worker holds about 20
 _START_SECONDS = 30.0  # for a worker to say that it is ready
@@ -58,6 +60,7 @@ class Crew:
         self._alarms: list[tuple[float, int]] = []  # heap of (time, number of a child)
         self._children: dict[int, ChildProcess] = {}
         self._slow = 0
+        self._dispatching = False
         self._number = 0
         self._serial = 0
         self._failed_starts = 0
@@ -113,26 +116,31 @@ class Crew:
         queue.setdefault(run if run.group is None else run.group, deque()).append(run)
 
     def _dispatch(self) -> None:
-        for queue in self._queues:
-            if not queue:
+        if self._dispatching:  # a run that failed to start made its request ask for more
+            return
+        self._dispatching = True
+        try:
+            for queue in self._queues:
+                for key in list(islice(queue, _LOOK_AHEAD)) if self._has_slot() else []:
+                    group = queue[key]
+                    self._dispatch_group(group)
+                    if not group:
+                        del queue[key]
+                    if not self._has_slot():
+                        return
+        finally:
+            self._dispatching = False
+
+    def _dispatch_group(self, group: deque[Run]) -> None:
+        while group and self._has_slot():
+            if not group[0].wanted():
+                group.popleft().done(_DROPPED)
                 continue
-            for key in list(queue) if self._has_slot() else []:
-                group = queue[key]
-                while group and self._has_slot():
-                    if not group[0].wanted():
-                        group.popleft().done(_DROPPED)
-                        continue
-                    worker = self._choose(group[0].used)
-                    if worker is None:
-                        break
-                    together = len(group) > 1 and shareable(group[0].program)
-                    self._start(
-                        worker, [group.popleft() for _ in range(min(len(group), _MAX_TOGETHER) if together else 1)]
-                    )
-                if not group:
-                    del queue[key]
-                if not self._has_slot():
-                    return
+            worker = self._choose(group[0].used)
+            if worker is None:
+                return
+            together = len(group) > 1 and shareable(group[0].program)
+            self._start(worker, [group.popleft() for _ in range(min(len(group), _MAX_TOGETHER) if together else 1)])
 
     def _has_slot(self) -> bool:
         return len(self._children) - self._slow < self._slots and len(self._children) < self._max_children

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -190,8 +190,7 @@ def train_tokenizer(seed: int = 0, sentences: int = 5000) -> bytes:
     return model.getvalue()
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Packed training rows: int32 tokens, positions, segments and float32 weights of predicting tokens, all [N, T]."""
 
     tokens: np.ndarray

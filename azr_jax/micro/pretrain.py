@@ -80,11 +80,11 @@ def prefetch(stream: Iterator[Rows], depth: int = 64) -> Iterator[Rows]:
 
 def loss_fn(params: Params, config: ModelConfig, rows: Rows) -> jax.Array:
     """Weighted mean negative log-likelihood of packed rows."""
-    tokens, positions, segments = map(jnp.asarray, (rows.tokens, rows.positions, rows.segments))
+    tokens, positions, segments, weights = map(jnp.asarray, rows)
     hidden = forward(params, config, tokens, positions, segments)
     logits = unembed(params, config, hidden)[:, :-1]  # [B, T - 1, V]
-    targets, weights = rows.tokens[:, 1:], rows.weights[:, 1:]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    weights = weights[:, 1:]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.sum(loss * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
@@ -101,7 +101,6 @@ def train(
         steps, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, steps), opt_state, loss
 
-    jax.tree_util.register_dataclass(Rows, ["tokens", "positions", "segments", "weights"], [])
     compiled = jax.jit(update, donate_argnums=(0, 1))
     opt_state, started, losses = optimizer.init(params), time.monotonic(), []
     for number, rows in zip(range(1, updates + 1), prefetch(batches(tokenizer, seed)), strict=False):

@@ -67,7 +67,8 @@ class RunFolder:
 
         config_yaml: the resolved configuration as YAML text.
         Raises: UserError if the folder cannot be written or another live process has it; ConfigError if it holds a run
-        of another configuration (apart from `steps` and `run_dir`) and `allow_config_change` is false.
+        of another configuration (apart from `steps` and `run_dir`) that got as far as its first row or checkpoint, and
+        `allow_config_change` is false.
         """
         path = Path(path).expanduser().absolute()
         with _writing(path):
@@ -158,14 +159,16 @@ class RunFolder:
             if old_text == config_yaml:
                 return
             changes = config_changes(old_text, config_yaml, str(path))
+            # A start that failed before its first row (a wrong model, say) must not bind the corrected one.
+            started = self.checkpoints.exists() or bool(self.read_metrics())
             binding = {key: pair for key, pair in changes.items() if key not in FREE_KEYS}
-            if binding and not allow_config_change:
+            if started and binding and not allow_config_change:
                 listed = "; ".join(f"{key}: {_show(old)} -> {_show(new)}" for key, (old, new) in binding.items())
                 raise ConfigError(
                     f"{self.path} holds a run of another configuration ({listed}). Choose a new run_dir, or add "
                     "--allow-config-change to go on with the new values (it is noted in config_changes.jsonl)."
                 )
-            if changes:
+            if started and changes:
                 record = {
                     "time": datetime.now(UTC).isoformat(timespec="seconds"),
                     "step": max((row["step"] for row in self.read_metrics()), default=0),

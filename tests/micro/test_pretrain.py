@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,11 +15,12 @@ from azr_jax.errors import UserError
 from azr_jax.micro import pretrain
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import load_tokenizer
+from azr_jax.models.transformer import init_params
 from azr_jax.models.weights import EMBEDDED, load_weights
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small() -> None:
+def small() -> Iterator[None]:
     """Two thin layers: the pipeline is tested, not the recipe."""
     patch = pytest.MonkeyPatch()
     patch.setattr(pretrain, "POOL", 60)
@@ -25,43 +28,46 @@ def small() -> None:
     full = pretrain.embedded_config
 
     def thin(vocab_size: int) -> ModelConfig:
-        from dataclasses import replace
-
         return replace(full(vocab_size), **shape)
 
     patch.setattr(pretrain, "embedded_config", thin)
-    yield  # type: ignore[misc]
+    yield
     patch.undo()
 
 
-def rebuild(folder: Path, seed: int = 0, updates: int = 4) -> dict:
-    assert pretrain.pretrain_command(Namespace(out=str(folder), updates=updates, seed=seed)) == 0
-    return load_weights(folder, ModelConfig.load(folder))
+@pytest.fixture(scope="module")
+def rebuilt(small: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders made by the command: "a" and "b" with the same arguments."""
+    parent = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        if not (parent / name).exists():
+            assert pretrain.pretrain_command(Namespace(out=str(parent / name), updates=60, seed=0)) == 0
+        return parent / name
+
+    return folder
 
 
-def test_same_seed_same_weights(tmp_path: Path) -> None:
-    first, second = rebuild(tmp_path / "a"), rebuild(tmp_path / "b")
-    other = rebuild(tmp_path / "c", seed=1)
+def test_same_seed_same_weights(rebuilt: Callable[[str], Path]) -> None:
+    first, second = (load_weights(rebuilt(name), ModelConfig.load(rebuilt(name))) for name in "ab")
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
-    assert not np.array_equal(first["embed"], other["embed"])
-    names = {path.name for path in (tmp_path / "a").iterdir()}
+    tokenizer = load_tokenizer(rebuilt("a"))
+    rows = [next(pretrain.batches(tokenizer, seed)).tokens for seed in (0, 0, 1)]
+    assert (rows[0] == rows[1]).all() and not np.array_equal(rows[0], rows[2])
+    names = {path.name for path in rebuilt("a").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.model", "generation_config.json"}
 
 
-def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    rebuild(tmp_path / "a", updates=1)
-    tokenizer = load_tokenizer(tmp_path / "a")
-    config = ModelConfig.load(tmp_path / "a")
-    rows = next(pretrain.batches(tokenizer, seed=9))
-    losses = [
-        float(pretrain.loss_fn(rebuild(tmp_path / str(updates), updates=updates), config, rows)) for updates in (1, 60)
-    ]
-    assert losses[1] < 0.8 * losses[0]
+def test_training_lowers_the_loss(rebuilt: Callable[[str], Path]) -> None:
+    config = ModelConfig.load(rebuilt("a"))
+    rows = next(pretrain.batches(load_tokenizer(rebuilt("a")), seed=9))
+    before = float(pretrain.loss_fn(init_params(config, 0), config, rows))
+    after = float(pretrain.loss_fn(load_weights(rebuilt("a"), config), config, rows))
+    assert after < 0.8 * before
 
 
-def test_the_shipped_tokenizer_is_the_one_the_command_makes(tmp_path: Path) -> None:
-    rebuild(tmp_path / "a", updates=1)
-    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (EMBEDDED / "tokenizer.model").read_bytes()
+def test_the_shipped_tokenizer_is_the_one_the_command_makes(rebuilt: Callable[[str], Path]) -> None:
+    assert (rebuilt("a") / "tokenizer.model").read_bytes() == (EMBEDDED / "tokenizer.model").read_bytes()
 
 
 def test_the_shipped_model_is_small_and_complete() -> None:

@@ -88,7 +88,8 @@ def test_a_torn_line_that_is_whole_json_is_torn_nevertheless(tmp_path):
 
 
 def test_changed_configuration_is_refused_by_name_of_key(tmp_path):
-    RunFolder.open(tmp_path, CONFIG).close()
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        fill(folder, range(1))
     changed = CONFIG.replace("0.001", "0.002").replace("beta1: 0.9\n", "").replace("seed: 0", "seed: 0\nnew: {a: 1}")
     with pytest.raises(ConfigError) as caught:
         RunFolder.open(tmp_path, changed)
@@ -98,6 +99,16 @@ def test_changed_configuration_is_refused_by_name_of_key(tmp_path):
     assert "run_dir" in message and "--allow-config-change" in message and str(tmp_path) in message
     assert (tmp_path / "config.yaml").read_text() == CONFIG
     RunFolder.open(tmp_path, CONFIG).close()  # the lock of the refused attempt is gone
+
+
+def test_a_start_that_came_to_nothing_binds_no_configuration(tmp_path):
+    RunFolder.open(tmp_path, CONFIG + "model: /worng\n").close()
+    RunFolder.open(tmp_path, CONFIG + "model: /right\n").close()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"] == "/right"
+    assert not (tmp_path / "config_changes.jsonl").exists()
+    (tmp_path / "checkpoints/step_000000").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="model"):
+        RunFolder.open(tmp_path, CONFIG + "model: /other\n")
 
 
 def test_allowed_change_is_noted_and_more_steps_need_no_leave(tmp_path):
