@@ -12,10 +12,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from azr_jax.executor.sizing import cgroup_folders, cpu_quota, read_text
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "sentencepiece", "numpy", "safetensors",
@@ -112,21 +114,6 @@ def _cores() -> dict[str, Any]:
     return {"machine": os.cpu_count(), "usable": usable, "quota": cpu_quota()}
 
 
-def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of CPU time that this process's cgroups allow, the tightest one; None if nothing limits it.
-
-    Reads cgroup v2 (`cpu.max`) from the process's group up to the root, and v1 (`cpu.cfs_quota_us`).
-    """
-    quotas = []
-    for folder in _cgroups(cgroup, process, "cpu"):
-        limit, _, period = _read(folder / "cpu.max").partition(" ")
-        if not limit:
-            limit, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-        if limit.isdecimal() and period.isdecimal():  # no limit is "max" in v2 and -1 in v1
-            quotas.append(int(limit) / int(period))
-    return min(quotas, default=None)
-
-
 def free_memory(
     cgroup: Path = Path("/sys/fs/cgroup"),
     process: Path = Path("/proc/self/cgroup"),
@@ -134,40 +121,18 @@ def free_memory(
 ) -> float | None:
     """Bytes this process can still take: what the system has available, or less where a cgroup says so."""
     free = [
-        int(line.split()[1]) * 1024.0 for line in _read(meminfo).splitlines() if line.startswith("MemAvailable:")
+        int(line.split()[1]) * 1024.0 for line in read_text(meminfo).splitlines() if line.startswith("MemAvailable:")
     ]
-    for folder in _cgroups(cgroup, process, "memory"):
-        limit, used, cache = _read(folder / "memory.max"), _read(folder / "memory.current"), "inactive_file"
+    for folder in cgroup_folders(cgroup, process, "memory"):
+        limit, used, cache = read_text(folder / "memory.max"), read_text(folder / "memory.current"), "inactive_file"
         if not limit:
-            limit, used = _read(folder / "memory.limit_in_bytes"), _read(folder / "memory.usage_in_bytes")
+            limit, used = read_text(folder / "memory.limit_in_bytes"), read_text(folder / "memory.usage_in_bytes")
             cache = "total_inactive_file"
         if limit.isdecimal() and used.isdecimal():
-            counters = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines())
+            counters = dict(line.split(" ", 1) for line in read_text(folder / "memory.stat").splitlines())
             reclaimable = int(counters.get(cache, 0))  # file cache counts as used but is given up on demand
             free.append(max(0.0, int(limit) - int(used) + reclaimable))
     return min(free, default=None)
-
-
-def _cgroups(root: Path, process: Path, controller: str) -> Iterable[Path]:
-    """Folders of the process's cgroups for a controller, from its own up to the root, v2 and v1."""
-    for line in _read(process).splitlines():
-        number, names, path = (line.split(":", 2) + ["", ""])[:3]
-        if number != "0" and controller not in names.split(","):
-            continue
-        base = root if number == "0" else root / controller
-        folder = base / path.lstrip("/")
-        yield folder
-        while folder != base:
-            folder = folder.parent
-            yield folder
-
-
-def _read(path: Path) -> str:
-    """A small file's text, "" if it cannot be read."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _memory(problems: list[str]) -> dict[str, float | None]:

@@ -10,11 +10,10 @@ Not here: text (tasks/), running programs (executor/), sampling (rollout/).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
 
 import numpy as np
 
@@ -129,7 +128,13 @@ class SelfPlay:
             if not missing:
                 return
             kinds = [kind for kind in missing if kind is not Kind.INDUCTION] or missing
-            self.validate(self.propose(params, 0, kinds, ("seed", turn)), 0, most=target)
+            proposals = self.propose(params, 0, kinds, ("seed", turn))
+            if not proposals:
+                raise UserError(
+                    f"seeding: no prompt for {' or '.join(kind.value for kind in kinds)} proposals fits into "
+                    f"rollout.max_prompt = {self.config.rollout.max_prompt} tokens; raise it"
+                )
+            self.validate(proposals, 0, most=target)
         short = {kind.value: self.buffers.size(kind) for kind in KINDS if self.buffers.size(kind) < target}
         raise UserError(
             f"seeding: after {SEED_ROUNDS} rounds some buffers hold fewer than {target} valid tasks: {short}. "
@@ -139,7 +144,10 @@ class SelfPlay:
     def propose(
         self, params: Params, number: int, kinds: Sequence[Kind], identity: tuple[int | str, ...]
     ) -> list[Attempt]:
-        """B responses of the proposer for each kind, each shown references drawn from the buffers."""
+        """B responses of the proposer for each kind, each shown references drawn from the buffers.
+
+        References are dropped until the prompt fits; where even one is too long, the batch has one proposal less.
+        """
         settings = self.config.tasks
         attempts = []
         for kind in kinds:
@@ -190,7 +198,7 @@ class SelfPlay:
         """A proposal that ran: make it a task, refuse it if held out or seen before, else store it."""
         proposal = attempt.proposal
         assert proposal is not None
-        pairs = tuple(zip(proposal.inputs, outputs, strict=False))  # induction; else there are no inputs
+        pairs = tuple(zip(proposal.inputs, outputs, strict=True))  # induction; else both are empty
         task = Task(
             kind=attempt.kind,
             program=proposal.program,
@@ -293,7 +301,7 @@ class SelfPlay:
         return tuple(self.engine.tokenizer.encode(text))
 
     @contextmanager
-    def timed(self, phase: str) -> Any:
+    def timed(self, phase: str) -> Iterator[None]:
         """Add the time of a block to `seconds[phase]`."""
         started = time.monotonic()
         yield

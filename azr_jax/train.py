@@ -61,10 +61,13 @@ class Run:
         tokenizer = load_tokenizer(self.folder)
         self.prompts = select_format(config.tasks.prompt_format, tokenizer.encode)
         self.engine = Engine(self.model, config.rollout, tokenizer, self.mesh, self.prompts.stop)
-        micro = isinstance(self.prompts, CompactFormat)
-        self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, is_held_out if micro else lambda _: False)
+        self.micro = isinstance(self.prompts, CompactFormat)  # the held-out sets speak this format only
+        held_out = is_held_out if self.micro else lambda _: False
+        self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, held_out)
         self.pool = pool
-        self.evaluation = FixedEvaluation(config.eval.per_kind) if micro and config.eval.every else None
+        self.evaluation = FixedEvaluation(config.eval.per_kind) if self.micro and config.eval.every else None
+        if not self.micro and (config.eval.every or config.eval.final_per_kind):
+            log.warning("no evaluation: the held-out micro programs are for models of the compact prompt format")
         self.update = make_update(config, self.model, self.mesh)
         self.rows = micro_rows(config, self.mesh)
         self.row_tokens = config.learn.row_tokens or config.rollout.max_prompt + config.rollout.max_response
@@ -154,7 +157,7 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
                 saved = number
         if saved != number:
             _save(checkpoints, number, state, run)
-        if number < config.steps:
+        if number < config.steps or stop.requested:  # the table at the end takes longer than a preemption waits
             log.info("stopped after step %d of %d; resumable: run the same command again", number, config.steps)
             return stop.exit_code
         _finish(run, state, folder)
@@ -163,28 +166,29 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
 
 def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int]:
     """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0."""
-    state = run.fresh_state()
-    restored = checkpoints.restore(state)
+    fresh = run.fresh_state()
+    restored = checkpoints.restore(fresh)
     if restored is not None:
         number, state, extra = restored
         run.selfplay.buffers = TaskBuffers.from_json(extra["buffers"], run.selfplay.rules)
-        if run.evaluation:
-            run.evaluation.baseline = extra["baseline"]
+        run.selfplay.buffers.cap = run.config.tasks.buffer_cap  # the two differ only after --allow-config-change
+        if run.evaluation and not run.evaluation.take_baseline(extra["baseline"]):
+            log.info("the evaluation was changed: measuring the weights before the first update with the new one")
+            run.evaluation.measure(run.evaluator(run.sampling_weights(fresh)))
         folder.truncate_after(number)
         log.info("resuming after step %d", number)
         return state, number
     folder.truncate_after(-1)
     log.info("seeding the buffers from the identity program")
-    params = run.sampling_weights(state)
-    run.selfplay.seed(params)
+    run.selfplay.seed(run.sampling_weights(fresh))
     log.info("seeded: %s", {kind.value: run.selfplay.buffers.size(kind) for kind in KINDS})
     metrics = run.selfplay.buffers.metrics(0)
     if run.evaluation:
-        metrics |= _timed_evaluation(run, state)
+        metrics |= _timed_evaluation(run, fresh)
     folder.append_tasks(0, [task.to_json() for kind in KINDS for task in run.selfplay.buffers.tasks(kind)])
     folder.append_metrics(0, metrics)
-    _save(checkpoints, 0, state, run)
-    return state, 0
+    _save(checkpoints, 0, fresh, run)
+    return fresh, 0
 
 
 def _save(checkpoints: Checkpointer, number: int, state: TrainState, run: Run) -> None:
@@ -226,10 +230,11 @@ def _write(folder: RunFolder, run: Run, step: Step, metrics: dict[str, float]) -
     )
     shown = [*step.proposals, *step.solutions]
     folder.write_rollouts(step.number, [_rollout(a, run.engine.tokenizer.decode(a.prompt), run.config) for a in shown])
-    records, flags = [], []
+    records, flags, flagged = [], [], 0
     for attempt in shown:
         found = oversight.scan(attempt.response, attempt.proposal.program if attempt.proposal else "")
         flags += found
+        flagged += bool(found)
         records += [
             {"step": step.number, "role": attempt.role.value, "kind": attempt.kind.value, "response": attempt.response}
             | {"category": flag.category, "rule": flag.rule, "excerpt": flag.excerpt}
@@ -237,7 +242,7 @@ def _write(folder: RunFolder, run: Run, step: Step, metrics: dict[str, float]) -
         ]
     folder.append_oversight(records)
     metrics["oversight/scanned"] = float(len(shown))
-    metrics["oversight/flagged_share"] = len({r["response"] for r in records}) / max(len(shown), 1)
+    metrics["oversight/flagged_share"] = flagged / max(len(shown), 1)
     metrics |= {f"oversight/flags/{category}": float(n) for category, n in oversight.counts(flags).items()}
     folder.append_metrics(step.number, metrics)
 
@@ -246,6 +251,7 @@ def _rollout(attempt: Attempt, prompt: str, config: Config) -> dict[str, Any]:
     verdict = attempt.reason or attempt.outcome.value
     if attempt.role is Role.SOLVE:
         verdict = "correct" if attempt.correct else ("wrong" if attempt.answer is not None else "format")
+        verdict = verdict if attempt.scored else "infra"
     return {
         "role": attempt.role.value,
         "kind": attempt.kind.value,
@@ -254,14 +260,16 @@ def _rollout(attempt: Attempt, prompt: str, config: Config) -> dict[str, Any]:
         "verdict": verdict,
         "solve_rate": attempt.solve_rate,
         "reward": attempt.reward,
-        "trained": attempt.scored and not (attempt.role is Role.PROPOSE and config.control == "frozen_proposer"),
+        "trained": attempt.scored
+        and config.control != "no_updates"
+        and not (attempt.role is Role.PROPOSE and config.control == "frozen_proposer"),
     }
 
 
 def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
     """The table before/after and the report."""
     lines = comparisons(folder.read_metrics())
-    if run.evaluation and run.config.eval.final_per_kind:
+    if run.micro and run.config.eval.final_per_kind:
         log.info("comparing before and after on fresh held-out tasks")
         before = run.evaluator(run.sampling_weights(run.fresh_state()))
         after = run.evaluator(run.sampling_weights(state))

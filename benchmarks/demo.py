@@ -6,7 +6,8 @@
 
 Each run is `azr-jax train configs/demo.yaml` in a process of its own, one after the other. The result holds the
 before/after table on fresh held-out tasks, the curve on the fixed set, health of the proposer by quarter of the run,
-wall time, machine, versions and command. Rows of an existing result file with other (seed, control) are kept.
+minutes of training (evaluations in between included), machine, versions and command. A run folder that is already
+complete is only evaluated again. Rows of an existing result file with other (seed, control) are kept.
 """
 
 from __future__ import annotations
@@ -76,7 +77,6 @@ def run(seed: int, control: str, overrides: list[str], folder: Path) -> dict[str
     command = [sys.executable, "-m", "azr_jax", "train", str(ROOT / "configs/demo.yaml")]
     command += [f"run_dir={folder / name}", f"seed={seed}", f"control={control}", *overrides]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    started = time.monotonic()
     with (folder / f"{name}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment, cwd=ROOT)
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -97,8 +97,7 @@ def run(seed: int, control: str, overrides: list[str], folder: Path) -> dict[str
         "overrides": overrides,
         "command": " ".join(["azr-jax train configs/demo.yaml", f"seed={seed}", f"control={control}", *overrides]),
         "steps": rows[-1]["step"],
-        "minutes": round((time.monotonic() - started) / 60, 2),
-        "minutes_in_steps": round(sum(row.get("time/step", 0) for row in rows) / 60, 2),
+        "minutes": round(sum(row.get("time/step", 0) for row in rows) / 60, 2),
         "fresh": json.loads((folder / name / "outcome.json").read_text()),
         "curve": curve,
         "health": health(rows),

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from azr_jax import doctor, executor
-from azr_jax.doctor import cpu_quota, examine, free_memory, render
+from azr_jax.doctor import examine, free_memory, render
 from azr_jax.executor import lockdown
+from azr_jax.executor.sizing import cpu_quota
 
 
 def write(root: Path, files: dict[str, str]) -> None:

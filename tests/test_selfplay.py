@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from azr_jax.config import PRESETS, Config, ExecutorConfig, RolloutConfig, TasksConfig
+from azr_jax.errors import UserError
 from azr_jax.executor import ExecutorPool
 from azr_jax.micro.language import is_held_out
 from azr_jax.rollout.request import Completion
@@ -142,6 +143,13 @@ def test_held_out_programs_are_refused(run: Run) -> None:
     refused = [a for a in proposals if a.reason == "held_out"]
     assert refused and all(a.outcome is Outcome.DUPLICATE for a in refused)
     assert not any("return x" in task.program for task in play.buffers.tasks(Kind.DEDUCTION))
+
+
+def test_prompts_that_never_fit_are_named_as_the_mistake(run: Run) -> None:
+    play = variant(run)
+    play.engine = replace(run.engine, config=replace(run.engine.config, max_prompt=4))
+    with pytest.raises(UserError, match="rollout.max_prompt = "):
+        play.seed({})
 
 
 @pytest.mark.parametrize("control", ["random_rewards", "constant_learnability"])

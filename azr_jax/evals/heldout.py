@@ -7,6 +7,7 @@ function of (split, size, seed). Measures the embedded model and models tuned on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -21,6 +22,8 @@ from azr_jax.rollout.request import Request, request_key
 from azr_jax.selfplay import answer_check
 from azr_jax.tasks.kinds import KINDS, Kind, Task
 from azr_jax.tasks.prompts import PromptFormat
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("standard", "longer", "bigger")
 LONGER_LENGTHS = {5: 0.5, 6: 0.5}
@@ -87,13 +90,17 @@ def evaluate(
     temperature: float,
     seed: int,
 ) -> Outcome:
-    """One response per task (temperature 0: greedy), judged by the executor. An answer it could not judge is wrong."""
-    requests = [
-        Request(tuple(engine.tokenizer.encode(prompts.solve(task))), request_key(seed, "eval", i), temperature)
-        for i, task in enumerate(tasks)
-    ]
-    completions = engine.generate(params, requests)
-    responses = [engine.tokenizer.decode(completion.tokens) for completion in completions]
+    """One response per task (temperature 0: greedy), judged by the executor.
+
+    An answer it could not judge is wrong, and so is a task whose prompt is longer than the engine takes.
+    """
+    encoded = {i: tuple(engine.tokenizer.encode(prompts.solve(task))) for i, task in enumerate(tasks)}
+    asked = [i for i, ids in encoded.items() if engine.fits(ids)]
+    if len(asked) < len(tasks):
+        log.warning("evaluation: %d of %d prompts exceed rollout.max_prompt", len(tasks) - len(asked), len(tasks))
+    requests = [Request(encoded[i], request_key(seed, "eval", i), temperature) for i in asked]
+    tokens = dict(zip(asked, (c.tokens for c in engine.generate(params, requests)), strict=True))
+    responses = [engine.tokenizer.decode(tokens[i]) if i in tokens else "" for i in encoded]
     checks = []
     for i, (task, response) in enumerate(zip(tasks, responses, strict=True)):
         answer = prompts.parse_answer(task.kind, response)
@@ -104,5 +111,5 @@ def evaluate(
         tasks=tuple(tasks),
         correct=tuple(correct.get(i, False) for i in range(len(tasks))),
         thinks=tuple(prompts.thinks(response) for response in responses),
-        lengths=tuple(len(completion.tokens) for completion in completions),
+        lengths=tuple(len(tokens[i]) if i in tokens else 0 for i in encoded),
     )

@@ -41,6 +41,13 @@ class FixedEvaluation:
         self.tasks = {split: held_out_tasks(split, sizes[split], FIXED_SEED) for split in SPLITS}
         self.baseline: dict[str, list[bool]] = {}
 
+    def take_baseline(self, baseline: dict[str, list[bool]]) -> bool:
+        """Take over first outcomes from a checkpoint; False, and none taken, if they are not of these very sets."""
+        sizes = {f"{split}/{mode}": len(tasks) for split, tasks in self.tasks.items() for mode in MODES}
+        fits = {name: len(outcomes) for name, outcomes in baseline.items()} == sizes
+        self.baseline = baseline if fits else {}
+        return fits
+
     def measure(self, evaluate: Evaluate) -> dict[str, float]:
         """eval/ metrics of the current weights."""
         row: dict[str, float] = {}

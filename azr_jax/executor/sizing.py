@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _JAX_SHARE = 0.15  # of the cores is left to JAX's host threads, at least _JAX_CORES
@@ -18,27 +19,37 @@ def usable_cores() -> int:
     return affinity if quota is None else max(1, min(affinity, math.floor(quota)))
 
 
-def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of CPU time that the cgroups of this process allow (v2 `cpu.max`, v1 `cpu.cfs_quota_us`)."""
+def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores' worth of CPU time that this process's cgroups allow, the tightest one; None if nothing limits it.
+
+    Reads cgroup v2 (`cpu.max`) from the process's group up to the root, and v1 (`cpu.cfs_quota_us`).
+    """
     quotas = []
-    for line in _read(process).splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and "cpu" not in controllers.split(","):
-            continue
-        base = cgroups if number == "0" else cgroups / "cpu"
-        folder = base / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            limit, _, period = _read(group / "cpu.max").partition(" ")
-            if not limit:
-                limit, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
-            if limit.isdecimal() and period.isdecimal():  # no limit is "max" in v2 and -1 in v1
-                quotas.append(int(limit) / int(period))
-            if group == base:
-                break
+    for folder in cgroup_folders(cgroup, process, "cpu"):
+        limit, _, period = read_text(folder / "cpu.max").partition(" ")
+        if not limit:
+            limit, period = read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")
+        if limit.isdecimal() and period.isdecimal():  # no limit is "max" in v2 and -1 in v1
+            quotas.append(int(limit) / int(period))
     return min(quotas, default=None)
 
 
-def _read(path: Path) -> str:
+def cgroup_folders(root: Path, process: Path, controller: str) -> Iterator[Path]:
+    """Folders of the process's cgroups for a controller, from its own up to the root, v2 and v1."""
+    for line in read_text(process).splitlines():
+        number, names, path = (line.split(":", 2) + ["", ""])[:3]
+        if number != "0" and controller not in names.split(","):
+            continue
+        base = root if number == "0" else root / controller
+        folder = base / path.lstrip("/")
+        yield folder
+        while folder != base:
+            folder = folder.parent
+            yield folder
+
+
+def read_text(path: Path) -> str:
+    """A small file's text, "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Pretraining the embedded model from nothing: tokenizer, corpus, weights, card. One command, one seed, one CPU.
+"""Pretraining the embedded model from nothing: tokenizer, corpus, weights. One command, one seed, one CPU.
 
 Not part of self-play. The recipe: small frequent batches (16 rows of 128 tokens an update), AdamW decayed to zero
 along a cosine, and most of the loss on the short responses.

@@ -67,7 +67,7 @@ class TaskBuffers:
             self._dropped[task.kind][task.step] += 1
             if self._drop_newest:
                 return False
-            del stored[0]
+            del stored[: len(stored) + 1 - self.cap]
         stored.append(task)
         return True
 

@@ -64,7 +64,7 @@ CHARTS = (
         number,
     ),
     Chart("Learner", "Learning rate", (("learning rate", "learner/lr"),), number),
-    Chart("Time", "Seconds a phase", _each("time/{}", [p for p in CHOICES["phase"] if p != "step"][:6]), number),
+    Chart("Time", "Seconds a phase", _each("time/{}", [p for p in CHOICES["phase"] if p != "step"]), number),
     Chart("Time", "Tokens a second, generating", (("tokens/s", "sampler/tokens_per_second"),), number),
     Chart("Time", "Memory of the trainer, MiB", (("resident", "perf/rss_mb"),), number),
 )

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("greedy", "sampled"),
     "set": (*KIND_NAMES, "pooled", "longer", "bigger"),
     "category": CATEGORIES,
-    "phase": ("propose", "validate", "estimate", "solve", "judge", "update", "eval", "save", "step"),
+    "phase": ("propose", "validate", "solve", "judge", "update", "eval", "step"),
 }
 
 #: group -> (what the group is about, {name without the group: definition})
@@ -49,6 +49,7 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
     "propose": (
         "The proposer's funnel. Shares are of all proposals of the kind where nothing else is said.",
         {
+            "count/{kind}": "proposals made; fewer than tasks.batch if prompts did not fit into rollout.max_prompt",
             "parsed/{kind}": "share in a readable format",
             "valid/{kind}": "share that also runs, is deterministic and passes the static rules",
             "accepted/{kind}": "share that also entered the buffer: valid, new and not held out",
@@ -112,7 +113,8 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "time": (
-        "Wall-clock seconds of this step; `step` is the whole of it. Phases may overlap.",
+        "Wall-clock seconds of this step. `solve` generates the learnability samples and the solutions; `step` is the "
+        "whole, without writing files.",
         {"{phase}": "seconds spent in one phase"},
     ),
     "perf": (
@@ -147,7 +149,7 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
         "The fixed held-out set: the same items each time, so that differences are paired. Sets: each kind, all kinds "
         "`pooled`, `longer` programs and `bigger` values. `_low` and `_high` bound the 95 % interval.",
         {
-            "{mode}/{set}": "pass@1, greedy or sampled at the rollout temperature",
+            "{mode}/{set}": "pass@1, greedy or sampled at temperature 1",
             "{mode}/{set}_low": "lower bound of its 95 % interval",
             "{mode}/{set}_high": "upper bound of its 95 % interval",
             "gain/{mode}/{set}": "difference to the evaluation before the first update, paired by item",

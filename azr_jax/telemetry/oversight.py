@@ -22,6 +22,7 @@ import hashlib
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,9 @@ def _scan_program(program: str) -> Iterable[Flag]:
     if not program or len(program) > PROGRAM_CHARS:
         return
     try:
-        tree = ast.parse(program)
+        with warnings.catch_warnings():  # "invalid escape sequence" is the model's business, not our stderr's
+            warnings.simplefilter("ignore")
+            tree = ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     for node in ast.walk(tree):

@@ -58,6 +58,7 @@ def _proposals(attempts: list[Attempt], kind: Kind, prompts: PromptFormat) -> Ro
     name = f"propose/{{}}/{kind.value}".format
     valid = [a for a in attempts if a.task is not None]
     rated = [a for a in attempts if a.solve_rate is not None]
+    row[name("count")] = float(len(attempts))
     _put(row, f"reward/propose/{kind.value}", [a for a in attempts if a.scored], lambda a: a.reward)
     _put(row, name("parsed"), attempts, lambda a: a.proposal is not None)
     _put(row, name("valid"), attempts, lambda a: a.task is not None)

@@ -27,10 +27,15 @@ class Oracle:
     def __init__(self, known: Sequence[Task], thinks: bool = False) -> None:
         self.tokenizer = load_tokenizer(EMBEDDED)
         self.thinks = thinks
+        self.longest = 1000
         gold = {Kind.DEDUCTION: "output", Kind.ABDUCTION: "input", Kind.INDUCTION: "program"}
         self.answers = {CompactFormat().solve(task): getattr(task, gold[task.kind]) for task in known}
 
+    def fits(self, prompt: Sequence[int]) -> bool:
+        return len(prompt) <= self.longest
+
     def generate(self, params: object, requests: Sequence[Request]) -> list[Completion]:
+        assert all(map(self.fits, (request.prompt for request in requests)))
         texts = [self.answers.get(self.tokenizer.decode(request.prompt), "nonsense") for request in requests]
         think = "<think>1" if self.thinks else ""
         ids = [np.array([*self.tokenizer.encode(f"{think}<ans>{text}"), 2], np.int32) for text in texts]
@@ -66,6 +71,25 @@ def test_every_gold_answer_is_right_and_nonsense_is_wrong(pool: ExecutorPool) ->
     right, wrong = outcome(Oracle(tasks), pool, tasks), outcome(Oracle([]), pool, tasks)
     assert all(right.correct) and not any(wrong.correct)
     assert right.accuracy().value == 1.0 and right.accuracy(Kind.INDUCTION).n == 20
+
+
+def test_a_prompt_that_does_not_fit_is_a_wrong_answer_and_no_error(pool: ExecutorPool) -> None:
+    tasks = held_out_tasks("standard", 10, seed=1)
+    oracle = Oracle(tasks)
+    sizes = [len(oracle.tokenizer.encode(CompactFormat().solve(task))) for task in tasks]
+    oracle.longest = sorted(sizes)[15]
+    found = outcome(oracle, pool, tasks)
+    assert list(found.correct) == [size <= oracle.longest for size in sizes]
+    assert [length > 0 for length in found.lengths] == list(found.correct)
+
+
+def test_a_baseline_of_other_sets_is_not_taken() -> None:
+    evaluation = FixedEvaluation(per_kind=4)
+    names = [f"{split}/{mode}" for split in SPLITS for mode in ("sampled", "greedy")]
+    right = {name: [False] * len(evaluation.tasks[name.split("/")[0]]) for name in names}
+    assert evaluation.take_baseline(right) and evaluation.baseline == right
+    assert not evaluation.take_baseline({}) and evaluation.baseline == {}
+    assert not evaluation.take_baseline(right | {"longer/greedy": [True] * 5})
 
 
 def test_gain_is_paired_to_the_first_measurement(pool: ExecutorPool) -> None:

@@ -120,3 +120,8 @@ def test_tampering_is_found_where_it_is(tmp_path, line):
     assert not verify(path, anchor=records[-1]["hash"]).ok
     path.write_text("not json\n")
     assert verify(path).line == 1
+
+
+def test_warnings_about_a_models_program_stay_out_of_our_log(recwarn):
+    assert scan("", "def f(a):\n    return '\\d'") == []
+    assert not recwarn.list
