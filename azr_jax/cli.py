@@ -177,6 +177,7 @@ def _set_up_logging(debug: bool) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
     )
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news here
     for name in ("absl", "etils", "jax", "orbax", "tensorflow_datasets", "transformers", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

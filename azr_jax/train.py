@@ -89,7 +89,8 @@ class Run:
 
     def learn(self, state: TrainState, step: Step) -> tuple[TrainState, dict[str, float]]:
         """One policy-gradient update on a step's trajectories: six baselines, packed rows, one optimizer step."""
-        trajectories = [attempt.trajectory() for attempt in step.trained(self.config)]
+        trained = step.trained(self.config)
+        trajectories = [attempt.trajectory() for attempt in trained]
         if self.config.control == "no_updates" or not trajectories:
             return state, {}
         advantages, stats = task_relative(
@@ -100,6 +101,8 @@ class Run:
         )
         batch = pack(trajectories, advantages, self.row_tokens, self.rows, self._most_micro_batches())
         state, metrics = self.update(state, batch)
+        if not any(attempt.role is Role.PROPOSE for attempt in trained):
+            del metrics["learner/entropy_propose"]  # of no tokens: absent, not 0
         for role, kind in GROUPS:
             spread = stats.get(f"{role.value}_{kind.value}/std")
             if spread is not None:
@@ -153,10 +156,10 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             wandb.log(number, metrics)
             log.info("%s", progress.line(number, metrics))
             if number % config.checkpoint.every == 0:
-                _save(checkpoints, number, state, run)
+                _save(checkpoints, number, state, run, folder)
                 saved = number
         if saved != number:
-            _save(checkpoints, number, state, run)
+            _save(checkpoints, number, state, run, folder)
         if number < config.steps or stop.requested:  # the table at the end takes longer than a preemption waits
             log.info("stopped after step %d of %d; resumable: run the same command again", number, config.steps)
             return stop.exit_code
@@ -176,6 +179,9 @@ def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> t
             log.info("the evaluation was changed: measuring the weights before the first update with the new one")
             run.evaluation.measure(run.evaluator(run.sampling_weights(fresh)))
         folder.truncate_after(number)
+        chain = oversight.verify(folder.oversight, extra["oversight_head"])
+        if not chain.ok:
+            log.warning("%s was changed since the checkpoint: line %d %s", folder.oversight, chain.line, chain.problem)
         log.info("resuming after step %d", number)
         return state, number
     folder.truncate_after(-1)
@@ -187,13 +193,14 @@ def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> t
         metrics |= _timed_evaluation(run, fresh)
     folder.append_tasks(0, [task.to_json() for kind in KINDS for task in run.selfplay.buffers.tasks(kind)])
     folder.append_metrics(0, metrics)
-    _save(checkpoints, 0, fresh, run)
+    _save(checkpoints, 0, fresh, run, folder)
     return fresh, 0
 
 
-def _save(checkpoints: Checkpointer, number: int, state: TrainState, run: Run) -> None:
+def _save(checkpoints: Checkpointer, number: int, state: TrainState, run: Run, folder: RunFolder) -> None:
     baseline = run.evaluation.baseline if run.evaluation else {}
-    checkpoints.save(number, state, {"buffers": run.selfplay.buffers.to_json(), "baseline": baseline})
+    extra = {"buffers": run.selfplay.buffers.to_json(), "baseline": baseline, "oversight_head": folder.oversight_head}
+    checkpoints.save(number, state, extra)
 
 
 def _timed_evaluation(run: Run, state: TrainState) -> dict[str, float]:

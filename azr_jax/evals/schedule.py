@@ -72,7 +72,7 @@ def _put(row: dict[str, float], name: str, estimate: Estimate) -> None:
 
 
 def fresh_comparison(before: Evaluate, after: Evaluate, per_kind: int, seed: int) -> list[Comparison]:
-    """Two sets of weights on tasks neither was ever measured on: by kind and pooled, longer programs, bigger values.
+    """Two sets of weights on tasks drawn anew: by kind and pooled, longer programs, bigger values.
 
     The out-of-distribution splits have half as many tasks of each of their two kinds.
     """

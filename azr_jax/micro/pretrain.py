@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
 from random import Random
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 import jax
@@ -32,7 +34,6 @@ log = logging.getLogger(__name__)
 
 ROWS, ROW_TOKENS = 16, 128
 PEAK_LR, WARMUP = 1.5e-3, 300
-OBSERVE = 2000
 POOL = 1500  # examples packed together, about 480 rows
 
 
@@ -67,15 +68,19 @@ def batches(tokenizer: Tokenizer, seed: int) -> Iterator[Rows]:
 
 def prefetch(stream: Iterator[Rows], depth: int = 64) -> Iterator[Rows]:
     """Run `stream` in a thread, `depth` batches ahead: XLA computes outside the interpreter lock."""
-    queue: Queue[Rows] = Queue(depth)
+    queue: Queue[Rows | Exception] = Queue(depth)
 
     def fill() -> None:
-        for batch in stream:
-            queue.put(batch)
+        try:
+            for batch in stream:
+                queue.put(batch)
+        except Exception as error:  # raised again where the batch is missed
+            queue.put(error)
 
     Thread(target=fill, daemon=True).start()
-    while True:
-        yield queue.get()
+    while not isinstance(item := queue.get(), Exception):
+        yield item
+    raise item
 
 
 def loss_fn(params: Params, config: ModelConfig, rows: Rows) -> jax.Array:
@@ -88,10 +93,8 @@ def loss_fn(params: Params, config: ModelConfig, rows: Rows) -> jax.Array:
     return jnp.sum(loss * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
-def train(
-    config: ModelConfig, tokenizer: Tokenizer, updates: int, seed: int, observe: Callable[[int, Params], None]
-) -> Params:
-    """Weights after `updates` updates; `observe(update, params)` is called every OBSERVE updates and at the end."""
+def train(config: ModelConfig, tokenizer: Tokenizer, updates: int, seed: int) -> Params:
+    """Weights after `updates` updates."""
     params = init_params(config, seed)
     schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, min(WARMUP, updates // 10), updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
@@ -112,29 +115,34 @@ def train(
             mean = float(np.mean(jax.device_get(losses)))
             log.info("update %d/%d  loss %.4f  %.0f tokens/s  %.1f min", number, updates, mean, rate, seconds / 60)
             losses = []
-        if number % OBSERVE == 0 or number == updates:
-            observe(number, params)
     return params
 
 
 def pretrain_command(args: Namespace) -> int:
-    """`azr-jax pretrain --out DIR [--updates N] [--seed S]`: rebuild the embedded model."""
+    """`azr-jax pretrain --out DIR [--updates N] [--seed S]`: rebuild the embedded model.
+
+    Everything is made in a temporary folder first: an interrupted rebuild leaves what was in DIR as it was.
+    """
     out = Path(args.out)
+    if args.updates < 1:
+        raise UserError("pretrain: --updates must be at least 1", exit_code=2)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "tokenizer.model").write_bytes(train_tokenizer(args.seed))
+        with TemporaryDirectory(prefix=".pretrain-", dir=out) as folder:
+            _rebuild(Path(folder), args.updates, args.seed)
+            for file in Path(folder).iterdir():
+                os.replace(file, out / file.name)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
-    (out / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}) + "\n")
-    ids = {"eos_token_id": 2, "pad_token_id": 0}
-    (out / "generation_config.json").write_text(json.dumps(ids) + "\n")
-    tokenizer = load_tokenizer(out)
-    config = embedded_config(tokenizer.vocab_size)
-    log.info("pretraining %d parameters, %d updates of %d tokens", config.num_params, args.updates, ROWS * ROW_TOKENS)
-
-    def save(update: int, params: Params) -> None:
-        save_weights(out, config, jax.device_get(params))
-
-    train(config, tokenizer, args.updates, args.seed, save)
     log.info("wrote %s", out)
     return 0
+
+
+def _rebuild(folder: Path, updates: int, seed: int) -> None:
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(seed))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}) + "\n")
+    tokenizer = load_tokenizer(folder)
+    config = embedded_config(tokenizer.vocab_size)
+    log.info("pretraining %d parameters, %d updates of %d tokens", config.num_params, updates, ROWS * ROW_TOKENS)
+    save_weights(folder, config, jax.device_get(train(config, tokenizer, updates, seed)))

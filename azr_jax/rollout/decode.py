@@ -44,7 +44,8 @@ def sample(logits: Array, key: Array, position: Array, temperature: Array) -> tu
     scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
 
     def noise(key: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), position), logits.shape[1:])
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:])
 
     perturbed = scaled + jnp.where(greedy[:, None], 0.0, jax.vmap(noise)(key))
     token = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)

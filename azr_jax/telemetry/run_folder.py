@@ -40,7 +40,8 @@ from azr_jax.telemetry import oversight
 
 logger = logging.getLogger(__name__)
 
-#: Keys that may differ between two starts of one run: more steps extend it, a folder may be moved.
+#: Keys that may differ between two starts of one run: more steps extend it (unless the learning rate decays over them),
+#: a folder may be moved.
 FREE_KEYS = frozenset({"steps", "run_dir"})
 ROLLOUT_NAME = re.compile(r"step_(\d{6,})\.jsonl")
 
@@ -161,7 +162,10 @@ class RunFolder:
             changes = config_changes(old_text, config_yaml, str(path))
             # A start that failed before its first row (a wrong model, say) must not bind the corrected one.
             started = self.checkpoints.exists() or bool(self.read_metrics())
-            binding = {key: pair for key, pair in changes.items() if key not in FREE_KEYS}
+            # A decaying learning rate is planned over `steps`: with more of them it would jump back up.
+            constant = (yaml.safe_load(config_yaml).get("learn") or {}).get("schedule", "constant") == "constant"
+            free = FREE_KEYS if constant else FREE_KEYS - {"steps"}
+            binding = {key: pair for key, pair in changes.items() if key not in free}
             if started and binding and not allow_config_change:
                 listed = "; ".join(f"{key}: {_show(old)} -> {_show(new)}" for key, (old, new) in binding.items())
                 raise ConfigError(

@@ -23,17 +23,21 @@ def step_metrics(step: Step, buffers: TaskBuffers, prompts: PromptFormat) -> Row
     rates = [a.solve_rate for a in step.proposals if a.solve_rate is not None]
     if rates:
         row["propose/rate_between"] = share_inside(rates)
-    valid = [a for a in step.proposals if a.task is not None]
-    row["propose/unique_programs"] = float(len({program_key(a.task.program) for a in valid if a.task}))
-    written = [a for a in valid if a.outcome is Outcome.VALID and a.kind is not Kind.INDUCTION]
-    row["propose/new_programs"] = float(len({program_key(a.task.program) for a in written if a.task}))
+    # Programs of induction proposals are given, not proposed: they say nothing about the proposer's diversity.
+    written = [a for a in step.proposals if a.task is not None and a.kind is not Kind.INDUCTION]
+    row["propose/unique_programs"] = float(len(_programs(written)))
+    row["propose/new_programs"] = float(len(_programs([a for a in written if a.outcome is Outcome.VALID])))
     for attempt in step.proposals:
         if attempt.reason:
-            name = f"propose/reject/{attempt.reason.replace(':', '/')}"
+            name = f"propose/reject/{attempt.reason.partition(':')[0]}"  # what follows is the model's own word
             row[name] = row.get(name, 0.0) + 1.0
     for phase, seconds in step.seconds.items():
         row[f"time/{phase}"] = seconds
     return row
+
+
+def _programs(attempts: Sequence[Attempt]) -> set[str]:
+    return {program_key(attempt.task.program) for attempt in attempts if attempt.task is not None}
 
 
 def _mean(values: Sequence[float]) -> float:

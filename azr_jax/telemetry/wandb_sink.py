@@ -1,11 +1,12 @@
 """Metrics to Weights & Biases, if `wandb_project` names a project; metrics.jsonl is written in any case.
 
-A resumed run goes on under the same id, made from the run folder's name. Nothing is sent but config and metrics: no
+A resumed run goes on under the same id, made from the run folder's path. Nothing is sent but config and metrics: no
 prompts, no responses, no code.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,12 @@ class WandbSink:
             raise UserError("wandb_project is set but wandb is not installed; pip install 'azr_jax[wandb]'") from None
         try:
             self._run = wandb.init(
-                project=project, id=run_dir.name, resume="allow", config=dict(config), save_code=False
+                project=project,
+                name=run_dir.name,
+                id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                config=dict(config),
+                save_code=False,
             )
         except Exception as error:  # wandb raises its own types for network, login and quota
             raise UserError(f"wandb project {project!r}: {error}; log in, or unset wandb_project") from error

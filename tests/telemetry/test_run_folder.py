@@ -213,3 +213,19 @@ def test_the_chain_goes_on_over_a_restart(tmp_path):
     with RunFolder.open(tmp_path, CONFIG) as folder:
         folder.append_oversight([{"step": 2}])
         assert verify(folder.oversight, folder.oversight_head).records == 3
+
+
+def test_more_steps_need_consent_where_the_learning_rate_decays_over_them(tmp_path):
+    def yaml_text(steps: int, schedule: str) -> str:
+        return f"steps: {steps}\nlearn:\n  schedule: {schedule}\n"
+
+    for schedule, allowed in (("constant", True), ("linear", False)):
+        path = tmp_path / schedule
+        with RunFolder.open(path, yaml_text(10, schedule)) as folder:
+            folder.append_metrics(1, {})
+        if allowed:
+            RunFolder.open(path, yaml_text(20, schedule)).close()
+        else:
+            with pytest.raises(ConfigError, match="steps: 10 -> 20"):
+                RunFolder.open(path, yaml_text(20, schedule))
+            RunFolder.open(path, yaml_text(20, schedule), allow_config_change=True).close()

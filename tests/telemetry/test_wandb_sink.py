@@ -35,7 +35,8 @@ def test_rows_go_out_under_the_folders_id(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))  # type: ignore[arg-type]
     with WandbSink("azr", tmp_path / "mine", {"seed": 1}) as sink:
         sink.log(3, {"reward/solve/deduction": 0.5})
-    assert calls[0]["id"] == "mine" and calls[0]["resume"] == "allow" and calls[0]["config"] == {"seed": 1}
+    assert calls[0]["name"] == "mine" and len(calls[0]["id"]) == 16
+    assert calls[0]["resume"] == "allow" and calls[0]["config"] == {"seed": 1}
     assert run.rows == [(3, {"reward/solve/deduction": 0.5})] and run.exit_code == 0
 
 
