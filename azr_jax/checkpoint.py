@@ -273,7 +273,8 @@ def _sha256(text: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.partition(" See full TensorStore details")[0][:300]  # what Orbax adds there is the name of a method
 
 
 def _storage_trouble(error: BaseException | None) -> str | None:

@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED, debug)
+        _fail("interrupted", INTERRUPTED, debug)
+        if argv is None:  # a process of our own: XLA may still be compiling, and Python's way out crashes under it
+            os._exit(INTERRUPTED)
+        return INTERRUPTED
     except UserError as error:
         return _fail(f"error: {error}", error.exit_code, debug)
     except ModuleNotFoundError as error:
@@ -46,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `azr-jax ... | head`: nobody is left to tell. The interpreter still flushes stdout when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except MemoryError:
+        return _fail(f"error: out of memory; free some, or raise this process's limit{hint}", FAILED, debug)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"error: {error.strerror or error}{where}{hint}", FAILED, debug)
@@ -121,22 +126,20 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_overrides(parser: argparse.ArgumentParser, metavar: str) -> None:
-    parser.add_argument("overrides", metavar=metavar, nargs="*", help="configuration keys to set, the last one wins")
+    parser.add_argument(
+        "overrides", metavar=metavar, nargs="*", default=[], help="configuration keys to set, the last one wins"
+    )  # without a default argparse calls them required when CONFIG is missing
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _positive(text: str) -> float:
-    number = _number(float, text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
-
-
 def _not_negative(text: str) -> float:
-    return 0.0 if _number(float, text) == 0 else _positive(text)
+    number = _number(float, text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return abs(number)  # -0.0 is 0
 
 
 def _natural(text: str) -> int:

@@ -81,7 +81,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         values.update(_flatten(_read_yaml(Path(path)), str(path)))
     for override in overrides:
         values.update(_parse_override(override))
-    return _checked(values, "the configuration" if path is None else str(path))
+    source = "the configuration" if path is None else str(path)
+    return _checked(values, f"{source} with its overrides" if overrides else source)
 
 
 def only_section(section: str, overrides: Sequence[str]) -> list[str]:

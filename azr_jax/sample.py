@@ -187,15 +187,23 @@ class Session:
         program = "\n".join(lines)
         if self.kind is Kind.DEDUCTION:
             return self.deduction(program)
-        return Task(self.kind, program, output=read_output(self.console.line("output: ")))
+        return Task(self.kind, program, output=read_output(self.rest("output: ")))
 
     def deduction(self, program: str) -> Task:
         """A program with an input; the gold output is what it returns."""
-        given = read_arguments(self.console.line("input: "))
+        given = read_arguments(self.rest("input: "))
         verdict = self.check(Check("0", "validate", program=program, input=given))
         if verdict["status"] != "ok":
             raise Refused(f"program and input make no task: {describe(verdict)}")
         return Task(self.kind, program, input=given, output=verdict["output"])
+
+    def rest(self, prompt: str) -> str:
+        """The line that makes a program a task."""
+        try:
+            return self.console.line(prompt)
+        except EOFError:
+            log.error("the input ended after a program; an empty line and the program's %s follow it", prompt[:-2])
+            raise
 
     def induction(self, lines: list[str]) -> Task:
         """Pairs from lines of input and output in turn, and a hint."""

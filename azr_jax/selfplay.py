@@ -119,14 +119,19 @@ class SelfPlay:
         self.reward(proposals, estimates, solutions, number)
         return Step(number, proposals, estimates, solutions, dict(self.seconds))
 
-    def seed(self, params: Params) -> None:
-        """Fill each buffer to seed_factor * batch from the identity program, without updates (paper section 3.3.1)."""
+    def seed(self, params: Params, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Fill each buffer to seed_factor * batch from the identity program, without updates (paper section 3.3.1).
+
+        `stopped` is asked before every round; returns False if it said so before the buffers were full.
+        """
         target = self.config.tasks.seed_factor * self.config.tasks.batch
         for turn in range(SEED_ROUNDS):
             # Induction needs programs, so it starts once deduction and abduction are full.
             missing = [kind for kind in KINDS if self.buffers.size(kind) < target]
             if not missing:
-                return
+                return True
+            if stopped():
+                return False
             kinds = [kind for kind in missing if kind is not Kind.INDUCTION] or missing
             proposals = self.propose(params, 0, kinds, ("seed", turn))
             if not proposals:

@@ -138,7 +138,11 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             run.mesh.size,
             folder.path,
         )
-        state, number = _resume_or_seed(run, checkpoints, folder)
+        beginning = _resume_or_seed(run, checkpoints, folder, stop)
+        if beginning is None:
+            log.info("stopped while seeding: nothing is lost, the same command starts over")
+            return stop.exit_code
+        state, number = beginning
         progress, saved = Progress(config.steps), number
         while number < config.steps and not stop.requested:
             started = time.monotonic()
@@ -167,8 +171,10 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
     return stop.exit_code
 
 
-def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int]:
-    """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0."""
+def _resume_or_seed(
+    run: Run, checkpoints: Checkpointer, folder: RunFolder, stop: GracefulStop
+) -> tuple[TrainState, int] | None:
+    """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0; None if stopped before."""
     fresh = run.fresh_state()
     restored = checkpoints.restore(fresh)
     if restored is not None:
@@ -186,7 +192,8 @@ def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> t
         return state, number
     folder.truncate_after(-1)
     log.info("seeding the buffers from the identity program")
-    run.selfplay.seed(run.sampling_weights(fresh))
+    if not run.selfplay.seed(run.sampling_weights(fresh), lambda: stop.requested):
+        return None
     log.info("seeded: %s", {kind.value: run.selfplay.buffers.size(kind) for kind in KINDS})
     metrics = run.selfplay.buffers.metrics(0)
     if run.evaluation:

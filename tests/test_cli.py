@@ -48,7 +48,7 @@ class Handler:
 
 @pytest.fixture
 def train(monkeypatch):
-    return Handler(monkeypatch, "azr_jax.selfplay", "train")
+    return Handler(monkeypatch, "azr_jax.train", "train")
 
 
 def azr_jax(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -104,6 +104,13 @@ def test_bad_usage_exits_2(arguments, capsys):
     assert out == "" and "error:" in err and "Traceback" not in err
 
 
+def test_usage_errors_ask_for_what_is_needed(capsys):
+    main(["train"])
+    assert "required: CONFIG\n" in capsys.readouterr().err  # not the overrides, too
+    main(["sample", "--temperature", "-1"])
+    assert "must be 0 or more, got -1" in capsys.readouterr().err
+
+
 def test_train_gets_the_config(train, config_file):
     assert main(["train", config_file, "seed=4", "learn.lr=1e-5"]) == 0
     (config, path), options = train.calls[0]
@@ -121,7 +128,7 @@ def test_flags_and_overrides_mix(train, config_file, flag_at):
 
 
 def test_seed_writes_to_stdout(monkeypatch, config_file):
-    seed = Handler(monkeypatch, "azr_jax.selfplay", "seed")
+    seed = Handler(monkeypatch, "azr_jax.train", "seed")
     assert main(["seed", config_file]) == 0
     assert seed.calls == [((Config(steps=3, executor=ExecutorConfig(workers=2)), sys.stdout), {})]
 
@@ -167,6 +174,7 @@ def test_other_handlers(monkeypatch):
         (OSError(28, "No space left on device", "runs/a"), 1, "azr-jax: error: No space left on device: runs/a"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 1, "azr-jax: error: package wandb is not inst"),
         (BrokenPipeError(32, "Broken pipe"), 1, "azr-jax: internal error: "),
+        (MemoryError(), 1, "azr-jax: error: out of memory; "),
         (ValueError("surprise"), 1, "azr-jax: internal error: ValueError: surprise (--debug shows the traceback)\n"),
     ],
 )
@@ -175,6 +183,16 @@ def test_failures_are_one_line(train, config_file, capsys, raised, code, text):
     assert main(["train", config_file]) == code
     err = capsys.readouterr().err
     assert err.startswith(text) and err.count("\n") == 1
+
+
+def test_an_interrupted_process_ends_at_once():
+    code = (
+        "import atexit, sys; from azr_jax import cli\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "atexit.register(print, 'on the way out'); cli._run = interrupted; sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "azr-jax: interrupted\n")
 
 
 def test_debug_shows_the_traceback(train, config_file, capsys):

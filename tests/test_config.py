@@ -219,6 +219,13 @@ def test_every_number_has_a_range():
     assert set(INTERVALS) == numeric_keys(float)
 
 
+def test_an_impossible_override_is_not_blamed_on_the_file(tmp_path):
+    path = file(tmp_path, "seed: 1\n")
+    assert refused(path, "steps=-1") == f"{path} with its overrides: `steps` must be at least 0, got -1"
+    path.write_text("steps: -1\n")
+    assert refused(path) == f"{path}: `steps` must be at least 0, got -1"
+
+
 @pytest.mark.parametrize("key", AT_LEAST)
 def test_integers_below_their_range(key):
     assert f"`{key}` must be at least {AT_LEAST[key]}" in refused(None, f"{key}={AT_LEAST[key] - 1}")

@@ -182,9 +182,10 @@ def test_a_mistake_costs_one_line_and_the_session_goes_on(run, caplog, kind, typ
     assert len(complaints) == 1 and said in complaints[0] and "\n" not in complaints[0]
 
 
-@pytest.mark.parametrize("typed", ["", f"{PROGRAM}", f"{PROGRAM}\n\n", "\n\n"])
-def test_the_end_of_the_input_ends_the_session(run, typed):
+@pytest.mark.parametrize(("typed", "lost"), [("", 0), (PROGRAM, 1), (f"{PROGRAM}\n\n", 1), ("\n\n", 0)])
+def test_the_end_of_the_input_ends_the_session(run, caplog, typed, lost):
     assert run(typed=typed, responses=()) == ""
+    assert caplog.text.count("the input ended after a program") == lost
 
 
 def test_output_for_people(run):

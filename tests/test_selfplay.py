@@ -58,6 +58,12 @@ def test_seeding_fills_every_buffer_with_valid_new_tasks(run: Run) -> None:
         assert not any(is_held_out(task.program) for task in seeds)
 
 
+def test_seeding_stops_between_rounds(run: Run) -> None:
+    play = variant(run)
+    assert not play.seed(run.sampling_weights(run.fresh_state()), stopped=lambda: True)
+    assert all(play.buffers.size(kind) == 0 for kind in KINDS)
+
+
 def test_every_stored_task_is_true(run: Run, step: Step) -> None:
     """Gold outputs are what real Python gives: judged by the executor on the proposed input itself."""
     from azr_jax.selfplay import answer_check

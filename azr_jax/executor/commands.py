@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import select
+import stat
 import sys
 from dataclasses import asdict, replace
 from typing import Any, TextIO
@@ -34,6 +35,8 @@ def check_command(path: str, config: ExecutorConfig, out: TextIO) -> int:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"check: cannot read {path}: {reason}; give a file of JSON lines, or - for stdin") from None
     try:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise UserError(f"check: {path} is a folder; give a file of JSON lines, or - for stdin")
         with ExecutorPool(_alone(config)) as pool:
             _Conversation(pool, descriptor, out).hold()
     except BrokenPipeError:  # nobody reads our answers any more
@@ -85,7 +88,7 @@ class _Conversation:
         while not self._ended or self._pool.pending:
             reading = not self._ended and self._pool.pending < _MAX_PENDING
             sources: list[Any] = [self._pool, *([self._descriptor] if reading else [])]
-            readable, _, _ = select.select(sources, [], [], None)
+            readable, _, _ = select.select(sources, [self._pool] if self._pool.unsent else [], [], None)
             if self._descriptor in readable:
                 self._read()
             for verdict in self._pool.poll():

@@ -113,6 +113,11 @@ class ExecutorPool:
         """A descriptor that is readable when `poll` has something to do."""
         return self._control.fileno()
 
+    @property
+    def unsent(self) -> bool:
+        """Whether `poll` also has something to do once `fileno` can be written to."""
+        return bool(self._outbox)
+
     def stats(self) -> dict[str, float]:
         """Counts since the start and the latest latencies; docs/executor.md lists the names."""
         self._stats = None

@@ -57,7 +57,7 @@ def load_weights(folder: Path, config: ModelConfig) -> Params:
                 for key in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     raw[key] = np.asarray(tensors.get_tensor(key), np.float32)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file}: truncated or not a safetensors file: {error}") from None
+            raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy it here again") from None
     if config.tie_word_embeddings:
         raw.pop("lm_head.weight", None)
     table = weight_table(config)

@@ -145,7 +145,9 @@ class Engine:
         cut: dict[int, int] = {}
         for row, _ in rows:
             ids = tokens[row, : length[row]]
-            if any(stop in self.tokenizer.decode(ids) for stop in self.stop):
+            # What came before the last block was searched after earlier ones; a stop string may begin in it.
+            tail = self.tokenizer.decode(ids[-(self.config.block + 2 * max(map(len, self.stop))) :])
+            if any(stop in tail for stop in self.stop):
                 low, high = 1, len(ids)  # text only grows with tokens, so bisection finds the first complete prefix
                 while low < high:
                     middle = (low + high) // 2

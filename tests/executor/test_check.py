@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azr_jax.errors import UserError
-from azr_jax.executor import protocol
+from azr_jax.executor import commands, protocol
 from azr_jax.executor.commands import bench_command, check_command
+from azr_jax.executor.pool import ExecutorPool
 from azr_jax.executor.protocol import BadRequest, Request, Verdict, request_from_json
 from tests.executor.conftest import CONFIG
 
@@ -86,9 +88,30 @@ def test_a_reader_that_leaves_is_no_traceback():
     assert b"Traceback" not in errors and process.returncode == 0
 
 
+def test_what_a_dead_broker_had_in_work_is_sent_to_the_next_without_further_input(monkeypatch, tmp_path):
+    class Doomed(ExecutorPool):
+        def submit(self, requests):
+            if requests:
+                os.kill(self.broker_pid, signal.SIGKILL)
+            super().submit(requests)
+
+    monkeypatch.setattr(commands, "ExecutorPool", Doomed)
+    path, out = tmp_path / "one.jsonl", io.StringIO()
+    padding = "#" * 2_000_000  # more than a socket takes at once
+    program = f"def f(x):\n    return x\n{padding}"
+    path.write_text(json.dumps({"id": 1, "op": "run", "program": program, "input": "1"}) + "\n")
+    assert check_command(str(path), CONFIG, out) == 0
+    assert json.loads(out.getvalue())["id"] == 1
+
+
 def test_missing_file_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="cannot read.*No such file"):
         check_command(str(tmp_path / "none.jsonl"), CONFIG, io.StringIO())
+
+
+def test_a_folder_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        check_command(str(tmp_path), CONFIG, io.StringIO())
 
 
 JSON = st.recursive(
