@@ -40,7 +40,7 @@ from azr_jax.tasks.kinds import GROUPS, KINDS, Role
 from azr_jax.tasks.prompts import select_format
 from azr_jax.telemetry import oversight
 from azr_jax.telemetry.process import CompileCounter, resident_mb
-from azr_jax.telemetry.progress import Progress, before_after_table, comparisons
+from azr_jax.telemetry.progress import LEGEND, Progress, before_after_table, comparisons
 from azr_jax.telemetry.report import write_report
 from azr_jax.telemetry.run_folder import RunFolder
 from azr_jax.telemetry.step_metrics import step_metrics
@@ -129,10 +129,10 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
         run = Run(config, pool)
         checkpoints = Checkpointer(folder.checkpoints, config.checkpoint.keep)
         log.info(
-            "%s: preset %s %s, control %s, %d parameters on %d device(s), run folder %s",
+            "%s: preset %s (%s), control %s, %d parameters on %d device(s), run folder %s",
             config_path,
             config.preset,
-            PRESETS[config.preset],
+            ", ".join(f"{name} {value}" for name, value in asdict(PRESETS[config.preset]).items()),
             config.control,
             run.model.num_params,
             run.mesh.size,
@@ -144,6 +144,7 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             return stop.exit_code
         state, number = beginning
         progress, saved = Progress(config.steps), number
+        log.info(LEGEND)
         while number < config.steps and not stop.requested:
             started = time.monotonic()
             number += 1
