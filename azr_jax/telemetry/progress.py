@@ -28,8 +28,8 @@ MODES = {"sampled": "sampled", "greedy": "greedy"}
 #: What the figures of a step's line mean; shown once, before the first.
 LEGEND = (
     "a line a step: share of deduction/abduction/induction tasks solved | share of proposals that are valid, programs "
-    "new to the buffers | share of tasks some but not all samples solve | share of answers that think first, their mean "
-    "length in tokens | mean reward of proposer (P) and solver (S)"
+    "new to the buffers | share of tasks some but not all samples solve | share of answers that think first, their "
+    "mean length in tokens | mean reward of proposer (P) and solver (S)"
 )
 
 
