@@ -27,7 +27,7 @@ CODE = (
     "import sys\n"
     "from azr_jax.config import ExecutorConfig\n"
     "from azr_jax.executor.commands import check_command\n"
-    "sys.exit(check_command('-', ExecutorConfig(workers=2, cpu_seconds=0.5), sys.stdout))\n"
+    "sys.exit(check_command('-', ExecutorConfig(workers=2), sys.stdout))\n"
 )
 LINES = [
     {"id": "a", "op": "run", "program": "def f(x):\n    return x", "input": "{2, 1}"},

@@ -127,7 +127,7 @@ def _fake_broker(module, arguments, control, quiet):
 
 
 def test_limits_are_the_configured_ones():
-    config = ExecutorConfig(workers=1, cpu_seconds=0.2, wall_seconds=0.6, memory_mb=64, output_chars=20)
+    config = ExecutorConfig(workers=1, memory_mb=64, output_chars=20)
     programs = {
         "def f(x):\n    return 'x' * 18": "ok",
         "def f(x):\n    return 'x' * 19": "output_limit",
