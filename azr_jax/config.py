@@ -53,7 +53,7 @@ class LearnConfig:
     rows: int = 1  #: packed rows in a micro-batch
     reuse_estimates: bool = False  #: also train the solver on the learnability samples
     dtype: Literal["float32", "bfloat16"] = "float32"  #: of the forward and backward pass; the master is float32
-    remat: bool = True  #: recompute a block's activations in the backward pass
+    remat: Literal["block", "dots", "none"] = "block"  #: kept for the backward pass: block inputs, matrix products, all
 
 
 @dataclass(frozen=True)

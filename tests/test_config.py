@@ -49,10 +49,10 @@ def test_nothing_given_is_the_defaults(tmp_path):
 
 
 def test_file_then_overrides_in_order(tmp_path):
-    path = file(tmp_path, "steps: 7\ntasks:\n  batch: 3\nlearn: {lr: 1e-5, schedule: cosine, remat: false}\n")
+    path = file(tmp_path, "steps: 7\ntasks:\n  batch: 3\nlearn: {lr: 1e-5, schedule: cosine, reuse_estimates: true}\n")
     config = load_config(path, ["tasks.batch=5", "learn.lr = 2e-5", "tasks.batch=6", "run_dir=runs/a=b"])
     assert (config.steps, config.tasks.batch, config.run_dir) == (7, 6, "runs/a=b")
-    assert config.learn == LearnConfig(lr=2e-5, schedule="cosine", remat=False)
+    assert config.learn == LearnConfig(lr=2e-5, schedule="cosine", reuse_estimates=True)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,11 @@ def test_floats_that_yaml_takes_for_strings(tmp_path, text, value):
 
 
 def test_scalars_are_read_by_the_type_of_their_key(tmp_path):
-    config = load_config(file(tmp_path, "run_dir: 2026\nmodel: on\nsteps: 010\nlearn: {grad_clip: 2, remat: FALSE}\n"))
+    learn = "learn: {grad_clip: 2, reuse_estimates: TRUE}"
+    config = load_config(file(tmp_path, f"run_dir: 2026\nmodel: on\nsteps: 010\n{learn}\n"))
     assert (config.run_dir, config.model, config.steps) == ("2026", "on", 10)
     assert config.learn.grad_clip == 2.0 and isinstance(config.learn.grad_clip, float)
-    assert config.learn.remat is False
+    assert config.learn.reuse_estimates is True
 
 
 @pytest.mark.parametrize("name", ["demo", "debug_cpu", "paper"])
@@ -94,12 +95,12 @@ texts = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1)
 
 
 @given(floats, floats, st.integers(1, 10**6), st.booleans(), texts)
-def test_round_trips(lr, temperature, steps, remat, run_dir):
+def test_round_trips(lr, temperature, steps, reuse, run_dir):
     config = replace(
         Config(),
         steps=steps,
         run_dir=run_dir,
-        learn=LearnConfig(lr=lr, remat=remat),
+        learn=LearnConfig(lr=lr, reuse_estimates=reuse),
         rollout=RolloutConfig(temperature=temperature),
     )
     assert config_from_dict(asdict(config)) == config
@@ -148,8 +149,9 @@ def test_sampling_filters_are_explained(tmp_path, name):
         ("learn.lr", "fast", "a number"),
         ("learn.lr", "nan", "a number"),
         ("learn.lr", "inf", "a number"),
-        ("learn.remat", "yes", "true or false"),
-        ("learn.remat", "1", "true or false"),
+        ("learn.reuse_estimates", "yes", "true or false"),
+        ("learn.reuse_estimates", "1", "true or false"),
+        ("learn.remat", "true", "one of block, dots, none"),
         ("preset", "papr", "did you mean paper?"),
         ("preset", "Z", "one of fixed, paper, reference"),
         ("learn.dtype", "bf16", "did you mean bfloat16?"),

@@ -27,7 +27,7 @@ from azr_jax.learn.optimizer import learning_rate, make_optimizer
 from azr_jax.learn.packing import PackedBatch
 from azr_jax.learn.state import TrainState, param_shardings, state_shardings
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.transformer import Array, Params, forward, param_specs
+from azr_jax.models.transformer import Array, Params, Remat, forward, param_specs
 from azr_jax.tasks.kinds import KINDS, ROLES
 
 Batch = dict[str, Any]  # the arrays of a PackedBatch by name
@@ -41,7 +41,7 @@ def micro_rows(config: Config, mesh: Mesh) -> int:
 
 
 def row_logprobs(
-    params: Params, model_config: ModelConfig, rows: Batch, temperature: float, mesh: Mesh, remat: bool = False
+    params: Params, model_config: ModelConfig, rows: Batch, temperature: float, mesh: Mesh, remat: Remat = "none"
 ) -> tuple[Array, Array]:
     """Log-probability of every token given its prefix, and the entropy it was drawn with: float32 [B, T] each.
 

@@ -26,6 +26,7 @@ import optax
 from azr_jax.errors import UserError
 from azr_jax.micro.corpus import Rows, examples, pack_rows, train_tokenizer
 from azr_jax.models.config import ModelConfig
+from azr_jax.models.rope import Rope
 from azr_jax.models.tokenizer import Tokenizer, load_tokenizer
 from azr_jax.models.transformer import Params, forward, init_params, unembed
 from azr_jax.models.weights import save_weights
@@ -47,7 +48,7 @@ def embedded_config(vocab_size: int) -> ModelConfig:
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        rope_theta=10000.0,
+        rope=Rope(10000.0),
     )
 
 

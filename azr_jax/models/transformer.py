@@ -9,14 +9,17 @@ log-probabilities agree. Norms, softmax and logits are computed in float32, the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
+from azr_jax.models.attention import Visibility, attend
 from azr_jax.models.config import ModelConfig
+from azr_jax.models.rope import rotate
 
 Params = dict[str, Any]
 Array = jax.Array
@@ -37,13 +40,14 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
     """Nested dict of Spec, the one place where weights are declared. Blocks are stacked: [L, ...]."""
     n, d, f = config.num_layers, config.hidden_size, config.intermediate_size
     h, kv, hd = config.num_heads, config.num_kv_heads, config.head_dim
+    gain = "zeros" if config.norm_offset else "ones"
     blocks = {
-        "attn_norm": Spec((n, d), ("layers", None), "ones"),
+        "attn_norm": Spec((n, d), ("layers", None), gain),
         "q": Spec((n, d, h, hd), ("layers", "embed", "heads", None), "normal"),
         "k": Spec((n, d, kv, hd), ("layers", "embed", "kv_heads", None), "normal"),
         "v": Spec((n, d, kv, hd), ("layers", "embed", "kv_heads", None), "normal"),
         "o": Spec((n, h, hd, d), ("layers", "heads", None, "embed"), "normal"),
-        "mlp_norm": Spec((n, d), ("layers", None), "ones"),
+        "mlp_norm": Spec((n, d), ("layers", None), gain),
         "gate": Spec((n, d, f), ("layers", "embed", "mlp"), "normal"),
         "up": Spec((n, d, f), ("layers", "embed", "mlp"), "normal"),
         "down": Spec((n, f, d), ("layers", "mlp", "embed"), "normal"),
@@ -52,10 +56,16 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
         blocks["q_bias"] = Spec((n, h, hd), ("layers", "heads", None), "zeros")
         blocks["k_bias"] = Spec((n, kv, hd), ("layers", "kv_heads", None), "zeros")
         blocks["v_bias"] = Spec((n, kv, hd), ("layers", "kv_heads", None), "zeros")
+    if config.qk_norm:
+        blocks["q_norm"] = Spec((n, hd), ("layers", None), gain)
+        blocks["k_norm"] = Spec((n, hd), ("layers", None), gain)
+    if config.post_norms:
+        blocks["attn_post_norm"] = Spec((n, d), ("layers", None), gain)
+        blocks["mlp_post_norm"] = Spec((n, d), ("layers", None), gain)
     specs: dict[str, Any] = {
         "embed": Spec((config.vocab_size, d), ("vocab", "embed"), "normal"),
         "blocks": blocks,
-        "final_norm": Spec((d,), (None,), "ones"),
+        "final_norm": Spec((d,), (None,), gain),
     }
     if not config.tie_word_embeddings:
         specs["lm_head"] = Spec((d, config.vocab_size), ("embed", "vocab"), "normal")
@@ -100,61 +110,50 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     return weights_of(Transformer(config, rngs=nnx.Rngs(params=seed)))
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """RMSNorm over the last axis, in float32, returned in x's dtype."""
+def rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
+    """RMSNorm over the last axis, in float32, returned in x's dtype; the gain is weight + config.norm_offset."""
     x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.rms_norm_eps)
+    gain = weight.astype(jnp.float32)
+    return (x32 * scale * (gain + config.norm_offset if config.norm_offset else gain)).astype(x.dtype)
 
 
-def rope_angles(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, hd / 2] of rotary position embedding at int positions [B, T]."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * frequency  # [B, T, hd / 2]
-    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-
-def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
-    """Apply rotary embedding to x [B, T, heads, hd] (half-split layout, as in `transformers`)."""
-    cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Grouped-query attention, softmax in float32.
-
-    q [B, T, H, hd], k and v [B, S, KV, hd], mask bool [B, T, S] (True = may attend) -> [B, T, H, hd].
-    Query head h reads key head h // (H / KV).
-    """
-    b, t, h, hd = q.shape
-    kv = k.shape[2]
-    q = q.reshape(b, t, kv, h // kv, hd)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * hd**-0.5
-    scores = jnp.where(mask[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, h, hd)
-
-
+Angles = tuple[Array, Array]
 Attention = Callable[[Array, Array, Array], tuple[Array, Any]]
 Constraint = Callable[[Array], Array]
+#: (q [B, T, H, hd], k and v [B, S, KV, hd], visibility, scale=, window=) -> [B, T, H, hd]; see attention.py.
+Attend = Callable[..., Array]
+#: What a block keeps for the backward pass: everything; results of matrix products; only its input.
+Remat = Literal["none", "dots", "block"]
 
 
-def block(x: Array, w: Params, config: ModelConfig, angles: tuple[Array, Array], attention: Attention) -> tuple:
+def rope_angles(config: ModelConfig, positions: Array) -> tuple[Angles, Angles]:
+    """Angles of full and of sliding layers at int positions [B, T]: cos and sin float32 [B, T, 1, hd / 2] each."""
+    angles = config.rope.angles(config.head_dim, positions)
+    return angles, config.local_rope.angles(config.head_dim, positions) if config.local_rope else angles
+
+
+def block(x: Array, w: Params, config: ModelConfig, angles: Angles, attention: Attention) -> tuple:
     """One decoder block: x [B, T, D], this layer's weights -> (x [B, T, D], whatever `attention` keeps).
 
     `attention(q, k, v)` gets rotated q [B, T, H, hd], k and v [B, T, KV, hd] and returns ([B, T, H, hd], kept).
     """
-    y = rms_norm(x, w["attn_norm"], config.rms_norm_eps)
+    y = rms_norm(x, w["attn_norm"], config)
     q, k, v = (jnp.einsum("btd,dnh->btnh", y, w[name]) for name in ("q", "k", "v"))
     if config.attention_bias:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
+    if config.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], config), rms_norm(k, w["k_norm"], config)
     out, kept = attention(rotate(q, angles), rotate(k, angles), v)
-    x = x + jnp.einsum("btnh,nhd->btd", out, w["o"])
-    y = rms_norm(x, w["mlp_norm"], config.rms_norm_eps)
-    hidden = jax.nn.silu(y @ w["gate"]) * (y @ w["up"])
-    return x + hidden @ w["down"], kept
+    y = jnp.einsum("btnh,nhd->btd", out, w["o"])
+    x = x + (rms_norm(y, w["attn_post_norm"], config) if config.post_norms else y)
+    y = rms_norm(x, w["mlp_norm"], config)
+    y = (_activate(y @ w["gate"], config) * (y @ w["up"])) @ w["down"]
+    return x + (rms_norm(y, w["mlp_post_norm"], config) if config.post_norms else y), kept
+
+
+def _activate(x: Array, config: ModelConfig) -> Array:
+    return jax.nn.silu(x) if config.activation == "silu" else jax.nn.gelu(x, approximate=True)
 
 
 def scan_blocks(step: Callable, x: Any, xs: Any, config: ModelConfig) -> tuple[Any, Any]:
@@ -169,18 +168,19 @@ def forward(
     tokens: Array,
     positions: Array,
     segments: Array,
-    remat: bool = False,
+    remat: Remat = "none",
     constrain: Constraint | None = None,
+    attend: Attend = attend,
 ) -> Array:
     """Final hidden states of packed rows, after the last norm.
 
-    tokens, positions, segments: int32 [B, T]; segment 0 is padding, tokens attend causally within their own segment.
-    remat: recompute each block in the backward pass instead of keeping its activations.
+    tokens, positions, segments: int32 [B, T]; segment 0 is padding; positions restart at 0 in each segment; a token
+    sees its own segment up to its own position (in sliding layers, the last `sliding_window` of them).
     constrain: lays out activations [B, T, D] on a mesh, after the embedding and after every block. Without it the
     compiler of a sharded program may gather activations where it should gather the weights of one layer.
     Returns [B, T, D] in the weights' dtype.
     """
-    return prefill(params, config, tokens, positions, segments, keep_cache=False, remat=remat, constrain=constrain)[0]
+    return _run(params, config, tokens, positions, segments, False, remat, constrain, attend)[0]
 
 
 def prefill(
@@ -189,27 +189,65 @@ def prefill(
     tokens: Array,
     positions: Array,
     segments: Array,
-    keep_cache: bool = True,
-    remat: bool = False,
     constrain: Constraint | None = None,
+    attend: Attend = attend,
+) -> tuple[Array, tuple[Array, Array]]:
+    """As `forward`, also returning the keys and values of every layer: (k, v), each [L, B, T, KV, hd]."""
+    return _run(params, config, tokens, positions, segments, True, "none", constrain, attend)
+
+
+def _run(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    segments: Array,
+    keep_cache: bool,
+    remat: Remat,
+    constrain: Constraint | None,
+    attend: Attend,
 ) -> tuple[Array, Any]:
-    """As `forward`, also returning the keys and values of every layer: (k, v), each [L, B, T, KV, hd], or None."""
-    t = tokens.shape[1]
-    causal = jnp.tril(jnp.ones((t, t), bool))
-    mask = causal[None] & (segments[:, :, None] == segments[:, None, :])  # [B, T, T]
-    angles = rope_angles(config, positions)
+    visibility = Visibility.within(segments, positions)
+    full, local = rope_angles(config, positions)
+    mixed = len(set(config.sliding_layers)) > 1
 
-    def layer(x: Array, w: Params) -> tuple[Array, Any]:
+    def layer(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, Any]:
+        w, slides = scanned
+
         def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            return attend(q, k, v, mask), ((k, v) if keep_cache else None)
+            def within(window: int | None) -> Callable[[], Array]:
+                return lambda: attend(q, k, v, visibility, scale=config.score_scale, window=window)
 
+            if mixed:
+                out = lax.cond(slides, within(config.sliding_window), within(None))
+            else:
+                out = within(config.sliding_window if config.sliding_layers else None)()
+            return out, ((k, v) if keep_cache else None)
+
+        angles = local if config.sliding_layers else full
+        if mixed and config.local_rope:
+            angles = jnp.where(slides, local[0], full[0]), jnp.where(slides, local[1], full[1])
         x, kept = block(x, w, config, angles, attention)
         return constrain(x) if constrain else x, kept
 
-    x = params["embed"][tokens]  # [B, T, D]
+    x = embed(params, config, tokens)  # [B, T, D]
     x = constrain(x) if constrain else x
-    x, cache = scan_blocks(jax.checkpoint(layer) if remat else layer, x, params["blocks"], config)
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache
+    slides = np.asarray(config.sliding_layers or (False,) * config.num_layers)
+    x, cache = scan_blocks(_checkpointed(layer, remat), x, (params["blocks"], slides), config)
+    return rms_norm(x, params["final_norm"], config), cache
+
+
+def _checkpointed(layer: Callable, remat: Remat) -> Callable:
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy)
+
+
+def embed(params: Params, config: ModelConfig, tokens: Array) -> Array:
+    """Embeddings [..., D] of int tokens [...], in the weights' dtype."""
+    x = params["embed"][tokens]
+    return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def unembed(params: Params, config: ModelConfig, hidden: Array) -> Array:

@@ -1,26 +1,42 @@
 """Weights in and out of Hugging Face folders (safetensors), through the two-way tables of `families`.
 
-Every key of the checkpoint must be known and every weight of the model present with the right shape: a mismatch is an
-error that names the key, never a silently random weight.
+Loading goes from the file to the devices that hold a weight: each process reads the slices of its own shards and
+nothing else, and the host never holds more than one weight beside what is already placed. Every key of the checkpoint
+must be known and every weight of the model present with the right shape: a mismatch is an error that names the key,
+never a silently random weight.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import SingleDeviceSharding
 
 from azr_jax.errors import UserError
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.families import weight_table
+from azr_jax.models.families import text_key, weight_table
+from azr_jax.models.layout import Index, Row, Shape
+from azr_jax.models.shards import DTYPES, ShardWriter, Stored, stored_tensors
 from azr_jax.models.transformer import Params, Spec, param_specs
 
+log = logging.getLogger(__name__)
+
 EMBEDDED = Path(__file__).parent / "embedded"
+#: Where a tied model may repeat its embedding.
+HEAD = "lm_head.weight"
+#: Buffers that old checkpoints store although the config determines them.
+IGNORED = ("rotary_emb.inv_freq",)
+#: Most bytes of a file, as decimal gigabytes are counted; what `transformers` splits at too.
+MAX_SHARD_BYTES = 5 * 10**9
+COMPARED_AT_ONCE = 1 << 26
 
 
 def model_folder(model: str) -> Path:
@@ -34,76 +50,47 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    try:
-        if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{index}: not an index of weights: {type(error).__name__}: {error}") from None
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: not found; the folder needs model.safetensors or all files of its index")
-    return files
+class Piece(NamedTuple):
+    """A tensor of a checkpoint: its key there, its shape there, and where it is here (`layer` of a stacked weight)."""
+
+    key: str
+    shape: Shape
+    path: str
+    layer: int | None
 
 
-def load_weights(folder: Path, config: ModelConfig) -> Params:
-    """float32 numpy weights, nested as `param_specs`. Raises UserError naming the file or key that is wrong."""
-    raw: dict[str, np.ndarray] = {}
-    for file in _shards(folder):
-        try:
-            with safe_open(str(file), framework="flax") as tensors:  # reads bfloat16 too, which numpy cannot
-                for key in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    raw[key] = np.asarray(tensors.get_tensor(key), np.float32)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy it here again") from None
-    if config.tie_word_embeddings:
-        raw.pop("lm_head.weight", None)
+def pieces_of(config: ModelConfig) -> list[Piece]:
+    """All tensors of a checkpoint of this model, in the order in which they are computed with."""
     table = weight_table(config)
-
-    def take(path: str, spec: Spec) -> np.ndarray:
+    pieces, blocks = [], []
+    for path, spec in _flat_specs(config).items():
         row = table[path]
-        stacked = "{layer}" in row.key
-        keys = [row.key.format(layer=i) for i in range(config.num_layers)] if stacked else [row.key]
-        parts = []
-        for key in keys:
-            if key not in raw:
-                raise UserError(f"{folder}: weight {key} is missing from the checkpoint")
-            shape = row.to_theirs(np.empty(spec.shape[1:] if stacked else spec.shape, np.bool_)).shape
-            if raw[key].shape != shape:
-                raise UserError(f"{folder}: weight {key} has shape {raw[key].shape}, config.json asks for {shape}")
-            parts.append(row.to_ours(raw.pop(key)))
-        return np.stack(parts) if stacked else parts[0]
-
-    params = _map_specs(param_specs(config), take)
-    if raw:
-        raise UserError(f"{folder}: unknown weight {sorted(raw)[0]} ({len(raw)} in all); the family may differ")
-    return params
-
-
-def _map_specs(specs: dict[str, Any], leaf: Any, prefix: str = "") -> dict[str, Any]:
-    return {
-        name: leaf(prefix + name, spec) if isinstance(spec, Spec) else _map_specs(spec, leaf, f"{prefix}{name}/")
-        for name, spec in specs.items()
-    }
-
-
-def save_weights(folder: Path, config: ModelConfig, params: Params) -> None:
-    """Write config.json and model.safetensors (float32), loadable by `transformers`."""
-    tensors: dict[str, np.ndarray] = {}
-    table = weight_table(config)
-
-    def put(path: str, weight: np.ndarray) -> None:
-        row = table[path]
-        if "{layer}" in row.key:
-            for i, part in enumerate(weight):
-                tensors[row.key.format(layer=i)] = np.ascontiguousarray(row.to_theirs(part))
+        if row.stacked:
+            blocks.append((row, path, row.their_shape(spec.shape[1:])))
         else:
-            tensors[row.key] = np.ascontiguousarray(row.to_theirs(weight))
+            pieces.append(Piece(row.key, row.their_shape(spec.shape), path, None))
+    layers = [Piece(row.key.format(layer=i), shape, path, i) for i in range(config.num_layers) for row, path, shape in blocks]
+    return [*pieces[:1], *layers, *pieces[1:]]
 
-    for path, weight in jax.tree_util.tree_flatten_with_path(params)[0]:
-        put("/".join(key.key for key in path), np.asarray(weight, np.float32))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+def load_weights(
+    folder: Path, config: ModelConfig, shardings: Any = None, dtype: Any = jnp.float32
+) -> Params:
+    """The weights of a checkpoint, nested as `param_specs`, in one floating dtype.
+
+    shardings: nested as `param_specs` (`learn.state.param_shardings`); None puts everything on one device.
+    dtype: bfloat16 and float16 checkpoints become their exact float32 values. With several processes each calls this.
+    Raises UserError naming the file or key that is wrong, before anything is read.
+    """
+    stored, table = stored_weights(folder, config), weight_table(config)
+    specs = _flat_specs(config)
+    treedef = jax.tree.structure(_map_specs(param_specs(config), lambda path, spec: path))
+    whole = SingleDeviceSharding(jax.local_devices()[0])
+    targets = treedef.flatten_up_to(shardings) if shardings is not None else [whole] * len(specs)
+    places = dict(zip(_sorted_paths(config), targets, strict=True))
+    weights: dict[str, jax.Array] = {}
+    for path in sorted(specs, key=lambda path: -math.prod(specs[path].shape)):
+        # Largest first: a weight is held twice while it goes to its devices, and then little else is there yet.
+        read = _reader(table[path], stored, specs[path].shape, np.dtype(dtype))
+        weights[path] = jax.make_array_from_callback(specs[path].shape, places[path], read).block_until_ready()
+    return _map_specs(param_specs(config), lambda path, spec: weights[path])

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from azr_jax.models.attention import Visibility, attend_decode
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.transformer import Params, block, prefill, rms_norm, rope_angles, unembed
+from azr_jax.models.transformer import Params, block, embed, prefill, rms_norm, rope_angles, unembed
 
 Array = jax.Array
 
@@ -111,45 +112,38 @@ def start(
     return _record(state, logits, eos)
 
 
-def attend_cache(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """One query a row over the cache: q [B, 1, H, hd], k and v [B, KV, N, hd], mask bool [B, N] -> [B, 1, H, hd].
-
-    Multiply-and-sum rather than matrix products: with one query a row it is bound by reading the cache, and XLA
-    fuses it into one pass on CPU.
-    """
-    b, _, h, hd = q.shape
-    kv = k.shape[1]
-    q = q.reshape(b, kv, h // kv, 1, hd).astype(jnp.float32)
-    scores = jnp.sum(q * k[:, :, None], axis=-1) * hd**-0.5  # [B, KV, G, N]
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
-    return jnp.sum(weights[..., None] * v[:, :, None], axis=-2).reshape(b, 1, h, hd).astype(v.dtype)
-
-
 @partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("state",))
 def decode(params: Params, config: ModelConfig, state: DecodeState, eos: Array, steps: int) -> DecodeState:
     """Up to `steps` more tokens for every row not done; stops early when all are."""
     n, response = state.cache[0][0].shape[2], state.tokens.shape[1]
     layers = [jax.tree.map(lambda w, i=i: w[i], params["blocks"]) for i in range(config.num_layers)]
+    sliding = config.sliding_layers or (False,) * config.num_layers
 
     def one_token(state: DecodeState) -> DecodeState:
         previous = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)  # [B, 1]
         column = n - response + state.step - 1
-        columns = jnp.arange(n)
-        mask = (columns >= state.padding[:, None]) & (columns <= column)  # [B, N]
-        angles = rope_angles(config, (column - state.padding)[:, None])
-        x = params["embed"][previous]
+        position = (column - state.padding)[:, None]  # [B, 1]
+        positions = jnp.arange(n) - state.padding[:, None]  # [B, N]
+        live = (positions >= 0).astype(jnp.int32)
+        visibility = Visibility(jnp.ones_like(position), live, position, positions)
+        angles = rope_angles(config, position)
+        x = embed(params, config, previous)
         cache = []
-        for weights, (keys, values) in zip(layers, state.cache, strict=True):
+        for weights, (keys, values), slides in zip(layers, state.cache, sliding, strict=True):
 
-            def attention(q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values) -> tuple:
+            def attention(
+                q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values, slides: bool = slides
+            ) -> tuple:
                 at = (0, 0, column, 0)
                 keys = lax.dynamic_update_slice(keys, k.transpose(0, 2, 1, 3), at)
                 values = lax.dynamic_update_slice(values, v.transpose(0, 2, 1, 3), at)
-                return attend_cache(q, keys, values, mask), (keys, values)
+                window = config.sliding_window if slides else None
+                out = attend_decode(q, keys, values, visibility, scale=config.score_scale, window=window)
+                return out, (keys, values)
 
-            x, kept = block(x, weights, config, angles, attention)
+            x, kept = block(x, weights, config, angles[slides], attention)
             cache.append(kept)
-        hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+        hidden = rms_norm(x, params["final_norm"], config)
         return _record(state._replace(cache=tuple(cache)), unembed(params, config, hidden)[:, 0], eos)
 
     end = state.step + steps

@@ -27,7 +27,7 @@ from azr_jax.models.transformer import forward, init_params, unembed
 MODEL = ModelConfig(64, 32, 64, 2, 4, 2, 8)
 CONFIG = Config(
     steps=10,
-    learn=LearnConfig(lr=1e-3, entropy_coef=0.01, row_tokens=32, rows=2, remat=False),
+    learn=LearnConfig(lr=1e-3, entropy_coef=0.01, row_tokens=32, rows=2, remat="none"),
     rollout=RolloutConfig(temperature=0.9),
 )
 ONE = MeshConfig(1, 1, 1)
@@ -153,7 +153,7 @@ def test_gradient_does_not_depend_on_row_order(plain) -> None:
 
 
 def test_gradient_with_remat_is_the_same(plain) -> None:
-    assert_same(mean_gradient(packed(), replace(CONFIG, learn=replace(CONFIG.learn, remat=True))), plain)
+    assert_same(mean_gradient(packed(), replace(CONFIG, learn=replace(CONFIG.learn, remat="block"))), plain)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["fsdp 8", "data 2 fsdp 2 tensor 2"])
@@ -298,7 +298,7 @@ def test_no_full_logits_in_the_compiled_update() -> None:
 
 def test_weights_are_gathered_layer_by_layer() -> None:
     layers, d, t = 11, 64, 48  # more layers than the scan unrolls; every size is different
-    config = replace(CONFIG, learn=replace(CONFIG.learn, remat=True))
+    config = replace(CONFIG, learn=replace(CONFIG.learn, remat="block"))
     text = compiled_text(ModelConfig(1000, d, 256, layers, 8, 4, 8), config, MeshConfig(1, 8, 1), 8, t)
     gathered = shapes_in(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
     assert (d, 256) in gathered  # one layer's feed-forward matrix

@@ -1,4 +1,4 @@
-"""Our logits against `transformers`' Qwen2: stored ones always, live ones where torch is installed."""
+"""Logits and greedy texts against `transformers`, every family: stored ones, and live ones where torch is installed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from azr_jax.models.config import ModelConfig
+from azr_jax.config import MeshConfig, RolloutConfig
+from azr_jax.dist.mesh import make_mesh, row_sharding
+from azr_jax.learn.state import param_shardings
+from azr_jax.models.config import FAMILIES, ModelConfig
+from azr_jax.models.tokenizer import Tokenizer
 from azr_jax.models.transformer import Params, forward, unembed
 from azr_jax.models.weights import load_weights, save_weights
+from azr_jax.rollout.engine import Engine
+from azr_jax.rollout.request import Request, request_key
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = ["qwen2_tied", "qwen2_untied"]
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
+MESHES = [MeshConfig(1, 8, 1), MeshConfig(1, 2, 4), MeshConfig(2, 2, 2)]
 
 
 def golden(name: str) -> tuple[ModelConfig, Params, list[np.ndarray], list[np.ndarray]]:
     """Configuration, weights, token sequences int32 [T] and their logits float32 [T, V]."""
     config = ModelConfig.load(GOLDEN / name)
     arrays = load_file(GOLDEN / name / "expected.safetensors")
-    count = len(arrays) // 2
+    count = len(arrays) // 3
     tokens, logits = ([arrays[f"{what}_{i}"] for i in range(count)] for what in ("tokens", "logits"))
     return config, load_weights(GOLDEN / name, config), tokens, logits
 
@@ -58,6 +65,39 @@ def test_logits_of_separate_padded_and_packed_rows(name):
         np.testing.assert_allclose(right[i, :n], want, atol=1e-4)
         np.testing.assert_allclose(left[i, 16 - n :], want, atol=1e-4)
         np.testing.assert_allclose(packed[0, starts[i] : starts[i] + n], want, atol=1e-4)
+
+
+def test_every_family_is_here():
+    assert {ModelConfig.load(GOLDEN / name).model_type for name in NAMES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_theirs(name):
+    """64 tokens from every prompt, through the sampler: cache, windows, positions, whatever the batch."""
+    config, params, tokens, _ = golden(name)
+    arrays = load_file(GOLDEN / name / "expected.safetensors")
+    tokenizer = Tokenizer(None, frozenset(), 0, config.vocab_size)
+    rollout = RolloutConfig(max_prompt=12, max_response=64, batch=8)
+    engine = Engine(config, rollout, tokenizer, make_mesh(MeshConfig()))
+    requests = [Request(tuple(map(int, t)), request_key(0, i), 0.0) for i, t in enumerate(tokens)]
+    for i, completion in enumerate(engine.generate(params, requests)):
+        assert list(completion.tokens) == arrays[f"greedy_{i}"].tolist()
+
+
+@pytest.mark.parametrize("mesh_config", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3", "llama", "gemma3"])
+def test_the_same_on_every_mesh(name, mesh_config):
+    """And weights are really split: no device holds more than its share of the matrices that can be."""
+    config, params, tokens, _ = golden(name)
+    mesh = make_mesh(mesh_config)
+    batch = rows([[(0, tokens[i % 4])] for i in range(8)], 16)
+    sharded = jax.device_put(params, param_shardings(config, mesh))
+    placed = jax.device_put(batch, row_sharding(mesh))
+    got = jax.jit(lambda p, *arrays: unembed(p, config, forward(p, config, *arrays)))(sharded, *placed)
+    np.testing.assert_allclose(got, logits_of(config, params, batch), atol=1e-5)
+    for weight in ("gate", "up", "down"):
+        whole = sharded["blocks"][weight]
+        assert whole.addressable_shards[0].data.size * mesh_config.fsdp * mesh_config.tensor == whole.size
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -120,7 +120,7 @@ def test_log_probabilities_are_the_learners(temperature):
     batch = pack(trajectories, np.zeros(20, np.float32), 48, 2, micro_bound(20, 36, 48, 2))
     assert batch.segments.max() > 1
     rollout = replace(ROLLOUT, temperature=temperature)
-    config = Config(rollout=rollout, learn=LearnConfig(remat=False))
+    config = Config(rollout=rollout, learn=LearnConfig(remat="none"))
     learned = make_logprobs(config, MODEL, engine().mesh)(params_of(), batch)
     assert batch.loss_mask.sum() == sum(len(c.tokens) for c in completions)
     np.testing.assert_allclose(learned, batch.old_logprobs, atol=1e-5)
