@@ -48,10 +48,19 @@ class LearnConfig:
     grad_clip: float = 1.0  #: global norm
     clip_low: float = 0.2  #: PPO ratio clip below 1
     clip_high: float = 0.2  #: PPO ratio clip above 1
+    dual_clip: float = 0.0  #: bound on the loss of a token with negative advantage, in advantages; 0: none
     entropy_coef: float = 0.001  #: weight of the exact token entropy bonus
+    advantage: Literal["trr", "global", "grpo", "rloo"] = "trr"  #: baseline: of (role, kind), step, task, other samples
+    aggregation: Literal["token-mean", "sequence-mean", "constant", "group-mean"] = "token-mean"  #: what weighs alike
+    overlong: Literal["score", "mask", "penalty"] = "score"  #: cut responses: as they are, left out, long ones punished
+    kl: Literal["none", "k1", "k2", "k3"] = "none"  #: penalty for leaving the initial weights, by estimator
+    kl_coef: float = 0.001  #: its weight
+    importance_cap: float = 0.0  #: truncated importance sampling instead of the ratio clip; 0: off
     row_tokens: int = 0  #: tokens of a packed row; 0: max_prompt + max_response
     rows: int = 1  #: packed rows in a micro-batch
     reuse_estimates: bool = False  #: also train the solver on the learnability samples
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"  #: of Adam's moments; bfloat16 is rounded stochastically
+    offload: bool = False  #: keep the optimizer's state in host memory
     dtype: Literal["float32", "bfloat16"] = "float32"  #: of the forward and backward pass; the master is float32
     remat: Literal["block", "dots", "none"] = "block"  #: kept for the backward pass: block inputs, matrix products, all
 
@@ -108,6 +117,7 @@ class Config:
     seed: int = 0  #: of every random choice of the run
     preset: Literal["fixed", "paper", "reference"] = "fixed"  #: see PRESETS and docs/differences.md
     model: str = "embedded"  #: `embedded`, or the path of a Hugging Face folder
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  #: kernel; auto: splash (TPU), cudnn (GPU) or xla
     control: Control = "none"  #: ablation to run instead of the full algorithm
     wandb_project: str = "none"  #: also send metrics to this Weights & Biases project; none: do not
     tasks: TasksConfig = field(default_factory=TasksConfig)

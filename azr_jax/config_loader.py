@@ -58,6 +58,9 @@ INTERVALS = {
     "rollout.temperature": ("()", 0.0, math.inf),
     "learn.lr": ("()", 0.0, 1.0),
     "learn.final_lr": ("[]", 0.0, 1.0),
+    "learn.dual_clip": ("[)", 0.0, math.inf),
+    "learn.kl_coef": ("[)", 0.0, math.inf),
+    "learn.importance_cap": ("[)", 0.0, math.inf),
     "learn.beta1": ("[)", 0.0, 1.0),
     "learn.beta2": ("[)", 0.0, 1.0),
     "learn.weight_decay": ("[)", 0.0, math.inf),
@@ -310,6 +313,11 @@ def _problems(config: Config) -> Iterator[str]:
         yield (
             f"`learn.row_tokens` ({learn.row_tokens}) cannot hold the longest sequence, rollout.max_prompt + "
             f"rollout.max_response = {longest}; raise it, or set 0 for exactly that"
+        )
+    if learn.advantage in ("grpo", "rloo") and not learn.reuse_estimates:
+        yield (
+            f"`learn.advantage` = {learn.advantage} compares several answers to one task, and only "
+            "learn.reuse_estimates=true trains on several"
         )
     if learn.warmup > config.steps > 0:
         yield f"`learn.warmup` ({learn.warmup}) is longer than the run, steps = {config.steps}"

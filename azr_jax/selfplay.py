@@ -60,8 +60,8 @@ class Attempt:
     scored: bool = True
     reward: float = 0.0
 
-    def trajectory(self) -> Trajectory:
-        """For the learner: ids and log-probabilities exactly as sampled."""
+    def trajectory(self, task: int) -> Trajectory:
+        """For the learner: ids and log-probabilities exactly as sampled. `task`: number of the task it answers."""
         assert self.completion is not None
         return Trajectory(
             prompt=np.asarray(self.prompt, np.int32),
@@ -69,6 +69,8 @@ class Attempt:
             logprobs=self.completion.logprobs,
             reward=self.reward,
             group=group_index(self.role, self.kind),
+            task=task,
+            truncated=self.completion.finish == "length",
         )
 
 
@@ -87,6 +89,15 @@ class Step:
         attempts = [] if config.control == "frozen_proposer" else list(self.proposals)
         attempts += self.solutions + (self.estimates if config.learn.reuse_estimates else [])
         return [attempt for attempt in attempts if attempt.scored]
+
+    def trajectories(self, config: Config) -> list[Trajectory]:
+        """What the learner gets; answers to one task share its number, proposals have none (-1)."""
+        numbers: dict[int, int] = {}
+        found = []
+        for attempt in self.trained(config):
+            solving = attempt.role is Role.SOLVE
+            found.append(attempt.trajectory(numbers.setdefault(id(attempt.task), len(numbers)) if solving else -1))
+        return found
 
 
 class SelfPlay:

@@ -19,12 +19,12 @@ from azr_jax.checkpoint import Checkpointer
 from azr_jax.config import PRESETS, Config
 from azr_jax.config_loader import config_to_yaml
 from azr_jax.dist.mesh import make_mesh
+from azr_jax.errors import UserError
 from azr_jax.evals.heldout import evaluate
 from azr_jax.evals.schedule import Evaluate, FixedEvaluation, fresh_comparison, to_json
 from azr_jax.executor import ExecutorPool
-from azr_jax.learn.advantage import task_relative
-from azr_jax.learn.packing import micro_bound, pack
-from azr_jax.learn.state import TrainState, init_state
+from azr_jax.learn.prepare import prepare
+from azr_jax.learn.state import TrainState, init_state, param_shardings
 from azr_jax.learn.step import make_update, micro_rows
 from azr_jax.micro.language import is_held_out
 from azr_jax.models.config import ModelConfig
@@ -48,6 +48,7 @@ from azr_jax.telemetry.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
 
+MOST_SKIPS = 10  # updates in a row with a gradient that is not finite, after which a run stops
 
 class Run:
     """Everything built from a config: model, sampler, self-play, learner, evaluation."""
@@ -68,13 +69,18 @@ class Run:
         self.evaluation = FixedEvaluation(config.eval.per_kind) if self.micro and config.eval.every else None
         if not self.micro and (config.eval.every or config.eval.final_per_kind):
             log.warning("no evaluation: the held-out micro programs are for models of the compact prompt format")
-        self.update = make_update(config, self.model, self.mesh)
+        reference = None
+        if config.learn.kl != "none":
+            dtype = jnp.dtype(config.learn.dtype)
+            reference = load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), dtype)
+        self.update = make_update(config, self.model, self.mesh, reference)
         self.rows = micro_rows(config, self.mesh)
-        self.row_tokens = config.learn.row_tokens or config.rollout.max_prompt + config.rollout.max_response
+        self.skipped = 0  # updates in a row
 
     def fresh_state(self) -> TrainState:
         """The state before the first update."""
-        return init_state(load_weights(self.folder, self.model), self.config, self.model, self.mesh)
+        weights = load_weights(self.folder, self.model, param_shardings(self.model, self.mesh))
+        return init_state(weights, self.config, self.model, self.mesh)
 
     def sampling_weights(self, state: TrainState) -> Params:
         """The weights as the learner's forward pass sees them, so that sampler and learner agree."""
@@ -90,17 +96,19 @@ class Run:
     def learn(self, state: TrainState, step: Step) -> tuple[TrainState, dict[str, float]]:
         """One policy-gradient update on a step's trajectories: six baselines, packed rows, one optimizer step."""
         trained = step.trained(self.config)
-        trajectories = [attempt.trajectory() for attempt in trained]
+        trajectories = step.trajectories(self.config)
         if self.config.control == "no_updates" or not trajectories:
             return state, {}
-        advantages, stats = task_relative(
-            [t.reward for t in trajectories],
-            [t.group for t in trajectories],
-            [len(t.response) for t in trajectories],
-            PRESETS[self.config.preset].whitening,
-        )
-        batch = pack(trajectories, advantages, self.row_tokens, self.rows, self._most_micro_batches())
+        batch, stats = prepare(trajectories, self.config, self.rows)
+        if not batch.n_micro:  # every response was cut and `learn.overlong` leaves them out
+            return state, {}
         state, metrics = self.update(state, batch)
+        self.skipped = self.skipped + 1 if metrics["learner/skipped"] else 0
+        if self.skipped >= MOST_SKIPS:
+            raise UserError(
+                f"the gradients of {self.skipped} updates in a row were not finite, so training has stopped; the last "
+                "checkpoint holds weights from before. Lower learn.lr, or set learn.dtype=float32"
+            )
         if not any(attempt.role is Role.PROPOSE for attempt in trained):
             del metrics["learner/entropy_propose"]  # of no tokens: absent, not 0
         for role, kind in GROUPS:
@@ -110,15 +118,6 @@ class Run:
         metrics["learner/rows"] = float(batch.n_micro * self.rows)
         metrics["learner/padding"] = batch.padding_share
         return state, metrics
-
-    def _most_micro_batches(self) -> int:
-        """The static size of a packed batch: what the largest possible step needs."""
-        tasks = self.config.tasks
-        most = len(GROUPS) * tasks.batch
-        if self.config.learn.reuse_estimates:
-            most += len(KINDS) * tasks.batch * tasks.samples
-        longest = self.config.rollout.max_prompt + self.config.rollout.max_response
-        return micro_bound(most, longest, self.row_tokens, self.rows)
 
 
 def train(config: Config, config_path: str, allow_config_change: bool = False) -> int:

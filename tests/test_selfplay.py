@@ -123,7 +123,7 @@ def test_learnability_samples_of_a_task_differ(step: Step) -> None:
 
 def test_ids_reach_the_learner_untouched(step: Step) -> None:
     for attempt in step.trained(CONFIG):
-        trajectory = attempt.trajectory()
+        trajectory = attempt.trajectory(0)
         assert attempt.completion is not None
         assert trajectory.response is attempt.completion.tokens
         assert trajectory.logprobs is attempt.completion.logprobs

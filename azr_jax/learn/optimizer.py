@@ -1,7 +1,8 @@
 """AdamW on float32 master weights, with a global-norm clip and a schedule.
 
-The master and the moments are float32 whatever the compute dtype: at the reference's learning rate of 1e-6 most
-updates would round away in bfloat16.
+The master is float32 whatever the compute dtype: at the reference's learning rate of 1e-6 most updates would round away
+in bfloat16. Moments may be bfloat16: rounded at random, up or down in proportion, they are right on average, where
+plain rounding would freeze the second moment (it moves by 0.1 % a step, bfloat16 steps are 0.4 %).
 """
 
 from __future__ import annotations
@@ -49,7 +50,42 @@ def make_optimizer(config: LearnConfig, steps: int, specs: Any) -> optax.Gradien
     """The chain clip -> Adam -> decoupled weight decay -> learning rate, for weights declared by `specs`."""
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
-        optax.scale_by_adam(config.beta1, config.beta2),
+        scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed(specs)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def scale_by_adam(config: LearnConfig) -> optax.GradientTransformation:
+    """optax.scale_by_adam with moments kept in `moments_dtype` between steps; arithmetic is float32."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2)
+    if config.moments_dtype == "float32":
+        return adam
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state = adam.init(params)
+        return state._replace(mu=_cast(state.mu, jnp.bfloat16), nu=_cast(state.nu, jnp.bfloat16))
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        wide = state._replace(mu=_cast(state.mu, jnp.float32), nu=_cast(state.nu, jnp.float32))
+        updates, new = adam.update(gradient, wide, params)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), new.count))
+        return updates, new._replace(mu=stochastic_bfloat16(new.mu, keys[0]), nu=stochastic_bfloat16(new.nu, keys[1]))
+
+    return optax.GradientTransformation(init, update)
+
+
+def stochastic_bfloat16(tree: Any, key: jax.Array) -> Any:
+    """Finite float32 arrays rounded to a neighbour in bfloat16, with the probability that makes the mean exact."""
+
+    def rounded(index: int, x: jax.Array) -> jax.Array:
+        noise = jax.random.bits(jax.random.fold_in(key, index), x.shape, jnp.uint16).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+        return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [rounded(i, x) for i, x in enumerate(leaves)])
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)

@@ -22,6 +22,8 @@ class Trajectory:
     logprobs: float32 [R], the sampler's own, at the rollout temperature.
     reward:   what the trajectory earned.
     group:    `kinds.group_index` of its role and kind.
+    task:     number of the task it is one of several answers to; -1 for a proposal.
+    truncated: whether it was cut at max_response.
     """
 
     prompt: NDArray[np.int32]
@@ -29,6 +31,8 @@ class Trajectory:
     logprobs: NDArray[np.float32]
     reward: float
     group: int
+    task: int = -1
+    truncated: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -39,18 +43,21 @@ class PackedBatch:
     """Packed rows, micro-batch by micro-batch; every array is [M, rows, T] and position t describes token t.
 
     tokens, positions (from 0 in each segment), segments (0 is padding) and group (-1 outside responses) are int32;
-    loss_mask (1 on response tokens), old_logprobs and advantages (0 outside responses) are float32.
-    Only the first n_micro micro-batches hold anything.
+    loss_mask (1 on response tokens), weights, old_logprobs and advantages (0 outside responses) are float32.
+    Only the first n_micro micro-batches hold anything. The loss is a sum of token losses times weights, divided by
+    `denominator` (prepare.py).
     """
 
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     segments: NDArray[np.int32]
     loss_mask: NDArray[np.float32]
+    weights: NDArray[np.float32]
     old_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
     group: NDArray[np.int32]
     n_micro: int
+    denominator: float
 
     @property
     def padding_share(self) -> float:
@@ -65,14 +72,21 @@ def pack(
     row_tokens: int,
     rows: int,
     max_micro: int,
+    weights: Sequence[float] | NDArray[np.float32] | None = None,
+    denominator: float | None = None,
 ) -> PackedBatch:
     """Packs by first-fit-decreasing into rows of `row_tokens`, `rows` rows a micro-batch, shapes [max_micro, rows, T].
+
+    weights: of each trajectory's tokens in the loss, and the number their sum is divided by (None: the token mean).
 
     ValueError: a trajectory has no prompt, no response, as many log-probs as not response tokens, or is longer than a
     row; or all of them need more than max_micro micro-batches (see `micro_bound`).
     """
     if len(advantages) != len(trajectories):
         raise ValueError(f"{len(advantages)} advantages for {len(trajectories)} trajectories")
+    weights = np.ones(len(trajectories), np.float32) if weights is None else weights
+    if denominator is None:
+        denominator = float(sum(len(t.response) for t in trajectories))
     for index, trajectory in enumerate(trajectories):
         _check(index, trajectory, row_tokens)
     assigned = first_fit_decreasing([len(t) for t in trajectories], row_tokens)
@@ -82,7 +96,7 @@ def pack(
         raise ValueError(f"{needed}, max_micro is {max_micro}")
     shape = (max_micro * rows, row_tokens)
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    loss_mask, old_logprobs, token_advantages = (np.zeros(shape, np.float32) for _ in range(3))
+    loss_mask, token_weights, old_logprobs, token_advantages = (np.zeros(shape, np.float32) for _ in range(4))
     group = np.full(shape, -1, np.int32)
     for row, members in enumerate(assigned):
         start = 0
@@ -95,6 +109,7 @@ def pack(
             segments[row, start:end] = segment
             group[row, middle:end] = trajectory.group
             loss_mask[row, middle:end] = 1.0
+            token_weights[row, middle:end] = weights[index]
             old_logprobs[row, middle:end] = trajectory.logprobs
             token_advantages[row, middle:end] = advantages[index]
             start = end
@@ -104,10 +119,12 @@ def pack(
         positions=positions.reshape(batch),
         segments=segments.reshape(batch),
         loss_mask=loss_mask.reshape(batch),
+        weights=token_weights.reshape(batch),
         old_logprobs=old_logprobs.reshape(batch),
         advantages=token_advantages.reshape(batch),
         group=group.reshape(batch),
         n_micro=n_micro,
+        denominator=denominator,
     )
 
 

@@ -38,13 +38,16 @@ def param_shardings(model_config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def state_shardings(config: Config, model_config: ModelConfig, mesh: Mesh) -> Any:
-    """A TrainState of NamedSharding: moments follow their weights, scalars are replicated."""
+    """A TrainState of NamedSharding: moments follow their weights, scalars are replicated.
+
+    With `learn.offload` moments lie in the host's pinned memory and visit the devices during an update.
+    """
     optimizer = make_optimizer(config.learn, config.steps, param_specs(model_config))
     weights = _for_each_weight(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), model_config)
     shardings, whole = param_shardings(model_config, mesh), replicated(mesh)
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda _, sharding: sharding.with_memory_kind("pinned_host") if config.learn.offload else sharding,
         jax.eval_shape(optimizer.init, weights),
         shardings,
         transform_non_params=lambda _: whole,
@@ -56,7 +59,7 @@ def state_shardings(config: Config, model_config: ModelConfig, mesh: Mesh) -> An
 def init_state(params: Params, config: Config, model_config: ModelConfig, mesh: Mesh) -> TrainState:
     """A fresh state from weights of any floating dtype: float32 copies placed on the mesh, zero moments, step 0.
 
-    `params` stays alive: the state has buffers of its own, because the update donates them.
+    `params` are given up: float32 ones that lie on the mesh already become the state's own, without a copy.
     """
     shardings = state_shardings(config, model_config, mesh)
     optimizer = make_optimizer(config.learn, config.steps, param_specs(model_config))
@@ -66,7 +69,7 @@ def init_state(params: Params, config: Config, model_config: ModelConfig, mesh: 
         zero = jnp.zeros((), jnp.int32)
         return TrainState(master, optimizer.init(master), zero, zero)
 
-    return jax.jit(build, out_shardings=shardings)(jax.device_put(params, shardings.params))
+    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(jax.device_put(params, shardings.params))
 
 
 def _for_each_weight(function: Callable[[Spec], Any], model_config: ModelConfig) -> Any:

@@ -63,9 +63,18 @@ def row_logprobs(
 
 
 def summed_gradient(
-    params: Params, batch: Batch, n_micro: Array, config: Config, model_config: ModelConfig, mesh: Mesh
+    params: Params,
+    batch: Batch,
+    n_micro: Array,
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    reference: Params | None = None,
 ) -> tuple[Params, Array, Totals]:
-    """Sums over the first n_micro micro-batches: float32 gradient of the loss numerator, that numerator, Totals."""
+    """Sums over the first n_micro micro-batches: float32 gradient of the loss numerator, that numerator, Totals.
+
+    reference: frozen weights in the compute dtype, for the KL penalty.
+    """
     layout = param_shardings(model_config, mesh)
     dtype = jnp.dtype(config.learn.dtype)
     compute = jax.tree.map(lambda x: x.astype(dtype), params)  # once a step; the master stays float32
@@ -74,8 +83,19 @@ def summed_gradient(
         logprobs, entropy = row_logprobs(
             weights, model_config, rows, config.rollout.temperature, mesh, config.learn.remat
         )
+        reference_logprobs = None
+        if reference is not None:
+            reference_logprobs, _ = row_logprobs(reference, model_config, rows, config.rollout.temperature, mesh)
         return policy_loss(
-            logprobs, entropy, rows["old_logprobs"], rows["advantages"], rows["loss_mask"], rows["group"], config.learn
+            logprobs,
+            entropy,
+            rows["old_logprobs"],
+            rows["advantages"],
+            rows["loss_mask"],
+            rows["weights"],
+            rows["group"],
+            config.learn,
+            reference_logprobs,
         )
 
     def add(index: Array, carry: tuple[Params, Array, Totals]) -> tuple[Params, Array, Totals]:
@@ -90,8 +110,12 @@ def summed_gradient(
     return lax.fori_loop(0, n_micro, add, (zero, jnp.zeros((), jnp.float32), Totals.zero()))
 
 
-def make_update(config: Config, model_config: ModelConfig, mesh: Mesh) -> Update:
+def make_update(
+    config: Config, model_config: ModelConfig, mesh: Mesh, reference: Params | None = None
+) -> Update:
     """The function (state, batch) -> (state, metrics). The state given in is donated: use only the one returned.
+
+    reference: the initial weights in the compute dtype, where `learn.kl` asks for them.
 
     metrics are floats named `learner/...` (docs/metrics.md). A gradient that is not finite leaves weights, moments and
     schedule as they were and is counted in `state.skipped`; a batch without a single token is skipped too.
@@ -99,15 +123,20 @@ def make_update(config: Config, model_config: ModelConfig, mesh: Mesh) -> Update
     optimizer = make_optimizer(config.learn, config.steps, param_specs(model_config))
     schedule = learning_rate(config.learn, config.steps)
     shardings = state_shardings(config, model_config, mesh)
+    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
     whole = replicated(mesh)
 
-    def update(state: TrainState, batch: Batch, n_micro: Array) -> tuple[TrainState, dict[str, Array]]:
-        gradient, numerator, totals = summed_gradient(state.params, batch, n_micro, config, model_config, mesh)
-        tokens = jnp.sum(totals.tokens)
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), gradient)
+    def update(
+        state: TrainState, batch: Batch, n_micro: Array, denominator: Array, reference: Params | None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        gradient, numerator, totals = summed_gradient(
+            state.params, batch, n_micro, config, model_config, mesh, reference
+        )
+        gradient = jax.tree.map(lambda g: g / denominator, gradient)
         grad_norm = optax.tree.norm(gradient)
-        healthy = jnp.isfinite(grad_norm) & (tokens > 0)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        healthy = jnp.isfinite(grad_norm) & (n_micro > 0)
+        old_moments = jax.device_put(state.opt_state, on_device) if config.learn.offload else state.opt_state
+        updates, opt_state = optimizer.update(gradient, old_moments, state.params)
         params = optax.apply_updates(state.params, updates)
 
         def keep(new: Any, old: Any) -> Any:
@@ -115,25 +144,27 @@ def make_update(config: Config, model_config: ModelConfig, mesh: Mesh) -> Update
 
         done = TrainState(
             params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
+            opt_state=keep(opt_state, old_moments),
             step=state.step + 1,
             skipped=state.skipped + jnp.where(healthy, 0, 1).astype(jnp.int32),
         )
         count = state.step - state.skipped  # updates applied so far, the optimizer's own count
         measured = {
-            "loss": numerator / jnp.maximum(tokens, 1.0),
+            "loss": numerator / denominator,
             "grad_norm": grad_norm,
             "lr": jnp.asarray(schedule(count), jnp.float32),
             "update_norm": jnp.where(healthy, optax.tree.norm(updates), 0.0),
             "param_norm": optax.tree.norm(done.params),
+            "bf16_changed": _changed_share(done.params, state.params),
             "skipped": jnp.where(healthy, 0.0, 1.0),
         }
-        return done, measured | _token_means(totals)
+        return done, measured | _token_means(totals, config)
 
     compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
 
     def run(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, float]]:
-        state, metrics = compiled(state, place(batch, mesh), np.int32(batch.n_micro))
+        counts = np.int32(batch.n_micro), np.float32(max(batch.denominator, 1e-6))
+        state, metrics = compiled(state, place(batch, mesh), *counts, reference)
         return state, {f"learner/{name}": float(value) for name, value in jax.device_get(metrics).items()}
 
     run.compiled = compiled  # type: ignore[attr-defined]
@@ -165,18 +196,32 @@ def make_logprobs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Call
 
 def place(batch: PackedBatch, mesh: Mesh) -> Batch:
     """The arrays of a packed batch on the mesh, rows over (data, fsdp)."""
-    arrays = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "n_micro"}
+    scalars = ("n_micro", "denominator")
+    arrays = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name not in scalars}
     return jax.device_put(arrays, row_sharding(mesh, leading=1))
 
 
-def _token_means(totals: Totals) -> dict[str, Array]:
+def _changed_share(new: Params, old: Params) -> Array:
+    """Share of the weights whose bfloat16 rounding, which is what a bfloat16 sampler sees, is another one."""
+    changed = jax.tree.map(lambda a, b: jnp.sum(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16)), new, old)
+    sizes = sum(x.size for x in jax.tree.leaves(new))
+    return sum(x.astype(jnp.float32) for x in jax.tree.leaves(changed)) / sizes
+
+
+def _token_means(totals: Totals, config: Config) -> dict[str, Array]:
     """Averages over trained tokens; a role without tokens this step has entropy 0."""
     tokens = jnp.sum(totals.tokens)
     share = 1.0 / jnp.maximum(tokens, 1.0)
     by_role = (len(ROLES), len(KINDS))
     role_tokens = totals.tokens.reshape(by_role).sum(axis=1)  # [2]
     role_entropy = totals.entropy.reshape(by_role).sum(axis=1) / jnp.maximum(role_tokens, 1.0)
-    return {
+    optional = {}
+    if config.learn.importance_cap > 0:
+        optional["importance_ess"] = totals.ratio**2 * share / jnp.maximum(totals.ratio_squared, 1e-30)
+        optional["importance_truncated"] = totals.truncated * share
+    if config.learn.kl != "none":
+        optional["reference_kl"] = totals.reference_kl * share
+    return optional | {
         "tokens": tokens,
         "surrogate": totals.surrogate * share,
         "entropy": jnp.sum(totals.entropy) * share,

@@ -101,6 +101,10 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
             "reward_std/{role}/{kind}": "standard deviation of the rewards of one of the six groups; 0: no signal",
             "update_norm": "global norm of the change of the parameters",
             "param_norm": "global norm of the parameters after the update",
+            "bf16_changed": "share of the weights whose bfloat16 rounding changed: what a bfloat16 sampler sees of it",
+            "importance_ess": "with `learn.importance_cap`: effective sample size, as a share of the trained tokens",
+            "importance_truncated": "with `learn.importance_cap`: share of tokens whose importance weight was capped",
+            "reference_kl": "with `learn.kl`: its estimate of the divergence from the initial weights (nats a token)",
         },
     ),
     "sampler": (

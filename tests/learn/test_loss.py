@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from azr_jax.config import LearnConfig
-from azr_jax.learn.loss import Totals, policy_loss
+from azr_jax.learn.loss import Totals, kl_estimate, policy_loss
 
 CONFIG = LearnConfig(clip_low=0.2, clip_high=0.3, entropy_coef=0.05)
 T = 6
@@ -24,6 +24,7 @@ def batch(seed: int = 0, spread: float = 0.3) -> dict[str, np.ndarray]:
         "old_logprobs": old,
         "advantages": rng.normal(size=(1, T)).astype(np.float32),
         "mask": mask,
+        "weights": mask,
         "group": np.where(mask > 0, [[-1, 0, 0, -1, 4, 5]], -1).astype(np.int32),
     }
 
@@ -42,6 +43,7 @@ def test_golden_three_tokens() -> None:
         old_logprobs=np.zeros((1, 3), np.float32),
         advantages=np.array([[2.0, -1.0, -2.0]], np.float32),
         mask=np.ones((1, 3), np.float32),
+        weights=np.ones((1, 3), np.float32),
         group=np.array([[0, 0, 3]], np.int32),
     )
     assert float(value) == pytest.approx(-2.6 + 1.5 + 1.6 - 0.05 * 6.0, abs=1e-5)
@@ -76,6 +78,7 @@ def test_gradient_is_zero_exactly_outside_the_band(ratio: float, advantage: floa
             old_logprobs=0 * one,
             advantages=advantage * one,
             mask=one,
+            weights=one,
             group=np.zeros((1, 1), np.int32),
         )[0]
 
@@ -136,3 +139,88 @@ def test_an_absurd_token_does_not_overflow() -> None:
     arrays = batch()
     arrays["old_logprobs"][0, 1] = -1e30
     assert np.isfinite(loss(**arrays)[0])
+
+
+def one_token(ratio: float, advantage: float, config: LearnConfig, reference: float | None = None) -> jax.Array:
+    """Loss and its derivative by the log-probability of a single token: float32 [2]."""
+    one = jnp.ones((1, 1))
+
+    def value(logprob: jax.Array) -> jax.Array:
+        return policy_loss(
+            logprobs=logprob * one,
+            entropy=0 * one,
+            old_logprobs=0 * one,
+            advantages=advantage * one,
+            mask=one,
+            weights=one,
+            group=jnp.zeros((1, 1), jnp.int32),
+            config=config,
+            reference=None if reference is None else reference * one,
+        )[0]
+
+    return jnp.stack(jax.jit(jax.value_and_grad(value))(jnp.log(jnp.float32(ratio))))
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
+    config = LearnConfig(dual_clip=3.0, entropy_coef=0.0)
+    np.testing.assert_allclose(one_token(2.0, -1.0, config), [2.0, 2.0], rtol=1e-5)  # below 3: as without
+    np.testing.assert_allclose(one_token(5.0, -1.0, config), [3.0, 0.0], rtol=1e-5)  # at most 3, and no gradient
+    np.testing.assert_allclose(one_token(5.0, 1.0, config), [-1.2, 0.0], rtol=1e-5)  # good tokens: the ordinary clip
+
+
+def test_truncated_importance_sampling() -> None:
+    config = LearnConfig(importance_cap=2.0, entropy_coef=0.0)
+    np.testing.assert_allclose(one_token(1.5, 1.0, config), [-1.5, -1.5], rtol=1e-5)  # not clipped at 1.2
+    np.testing.assert_allclose(one_token(5.0, -1.0, config), [2.0, 2.0], rtol=1e-5)  # capped, and still a gradient
+    arrays = batch(spread=2.0)
+    _, totals = jax.jit(lambda **a: policy_loss(**a, config=config))(**arrays)
+    mask = arrays["mask"] > 0
+    ratio = np.exp(arrays["logprobs"] - arrays["old_logprobs"])[mask]
+    assert float(totals.truncated) == (ratio > 2.0).sum() > 0
+    assert float(totals.ratio_squared) == pytest.approx((ratio**2).sum(), rel=1e-5)
+    assert float(totals.clipped_low) == float(totals.clipped_high) == 0.0, "nothing is clipped then"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "slope"),
+    [
+        ("k1", np.log(2.0), 1.0),
+        ("k2", np.log(2.0) ** 2 / 2, np.log(2.0)),
+        ("k3", 0.5 - 1 + np.log(2.0), 1 - 0.5),
+    ],
+)
+def test_kl_estimators_by_hand(kind: str, value: float, slope: float) -> None:
+    config = LearnConfig(kl=kind, kl_coef=0.1, entropy_coef=0.0)  # type: ignore[arg-type]
+    got = one_token(1.0, 0.0, config, reference=-np.log(2.0))
+    np.testing.assert_allclose(got, [0.1 * value, 0.1 * slope], rtol=1e-5)
+
+
+def test_kl_estimators_on_five_tokens() -> None:
+    """Weighted by the policy, all three sum to the divergence; their gradients are the ones the docstring names."""
+    rng = np.random.default_rng(3)
+    logits, other = jnp.asarray(rng.normal(size=5)), jax.nn.log_softmax(jnp.asarray(rng.normal(size=5)))
+
+    def forward(x: jax.Array) -> jax.Array:
+        return jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - other))
+
+    def backward(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.exp(other) * (other - jax.nn.log_softmax(x)))
+
+    def estimated(x: jax.Array, kind: str) -> jax.Array:
+        sampled = jax.lax.stop_gradient(jax.nn.softmax(x))  # how often each token is drawn
+        return jnp.sum(sampled * kl_estimate(jax.nn.log_softmax(x) - other, kind))
+
+    for kind in ("k1", "k3"):
+        np.testing.assert_allclose(estimated(logits, kind), forward(logits), rtol=1e-5)
+    for kind, gradient in (("k1", 0 * logits), ("k2", jax.grad(forward)(logits)), ("k3", jax.grad(backward)(logits))):
+        np.testing.assert_allclose(jax.grad(estimated)(logits, kind), gradient, atol=1e-6)
+
+
+def test_weights_scale_each_token() -> None:
+    arrays = batch()
+    arrays["weights"] = arrays["mask"] * np.array([[9, 2, 0.5, 9, 1, 0]], np.float32)
+    parts = []
+    for position in range(T):
+        alone = {**arrays, "weights": np.where(np.arange(T) == position, arrays["mask"], 0)}
+        parts.append(float(loss(**alone)[0]))
+    assert float(loss(**arrays)[0]) == pytest.approx(float((arrays["weights"][0] * parts).sum()), abs=1e-5)

@@ -91,7 +91,7 @@ def compiled(function: Callable[..., Any], config: Config, mesh: MeshConfig) -> 
 
 @cache
 def first_state(config: Config, mesh: MeshConfig) -> TrainState:
-    return init_state(params_of(), config, MODEL, mesh_of(mesh))
+    return init_state(jax.tree.map(jnp.copy, params_of()), config, MODEL, mesh_of(mesh))
 
 
 def fresh_state(config: Config = CONFIG, mesh: MeshConfig = ONE) -> TrainState:
@@ -148,7 +148,7 @@ def test_gradient_does_not_depend_on_row_order(plain) -> None:
     batch = packed(4)
     swapped = np.random.default_rng(0).permutation(4)
     moved = {n: getattr(batch, n)[:, swapped] for n in ("tokens", "positions", "segments", "loss_mask")}
-    moved |= {n: getattr(batch, n)[:, swapped] for n in ("old_logprobs", "advantages", "group")}
+    moved |= {n: getattr(batch, n)[:, swapped] for n in ("weights", "old_logprobs", "advantages", "group")}
     assert_same(mean_gradient(replace(batch, **moved)), plain)
 
 
@@ -278,11 +278,11 @@ def compiled_text(model: ModelConfig, config: Config, mesh: MeshConfig, rows: in
     layout = state_shardings(config, model, grid)
     state = jax.eval_shape(lambda: init_state(init_params(model, 0), config, model, grid))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
-    empty = {name: x for name, x in vars(pack([], [], row_tokens, rows, 1)).items() if name != "n_micro"}
+    empty = {name: x for name, x in vars(pack([], [], row_tokens, rows, 1)).items() if isinstance(x, np.ndarray)}
     split = row_sharding(grid, leading=1)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for name, x in empty.items()}
     update = make_update(config, model, grid).compiled  # type: ignore[attr-defined]
-    return update.lower(state, batch, np.int32(1)).compile().as_text()
+    return update.lower(state, batch, np.int32(1), np.float32(1), None).compile().as_text()
 
 
 def shapes_in(pattern: str, text: str) -> list[tuple[int, ...]]:

@@ -1,0 +1,81 @@
+"""Two processes that share a mesh make the same update as one: gloo on loopback, four devices each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from azr_jax.config import MeshConfig
+from azr_jax.learn.state import init_state
+from azr_jax.learn.step import make_update
+from tests.learn.test_step import CONFIG, MODEL, mesh_of, packed, params_of
+
+ROOT = Path(__file__).parents[2]
+PROCESS = """
+import os, sys
+import jax
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+from azr_jax.config import MeshConfig
+from azr_jax.learn.state import init_state
+from azr_jax.learn.step import make_update
+from tests.learn.test_step import CONFIG, MODEL, mesh_of, packed, params_of
+
+assert jax.process_count() == 2 and jax.device_count() == 8 and jax.local_device_count() == 4
+mesh = mesh_of(MeshConfig(*map(int, sys.argv[4].split("x"))))
+state = init_state(jax.tree.map(np.asarray, params_of()), CONFIG, MODEL, mesh)
+update = make_update(CONFIG, MODEL, mesh)
+for _ in range(2):
+    state, metrics = update(state, packed(8))
+leaves = jax.tree.leaves(multihost_utils.process_allgather(state.params, tiled=True))
+if jax.process_index() == 0:
+    arrays = {f"weight_{i}": np.ascontiguousarray(x) for i, x in enumerate(leaves)}
+    save_file(arrays | {name: np.array(value, np.float32) for name, value in metrics.items()}, sys.argv[3])
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_same_update(tmp_path):
+    mesh = "2x2x2"  # `data` runs across the processes, `fsdp` and `tensor` within
+    address, out = f"127.0.0.1:{free_port()}", tmp_path / "two.safetensors"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(i), str(out), mesh],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    shape = MeshConfig(*map(int, mesh.split("x")))
+    state = init_state(jax.tree.map(jnp.copy, params_of()), CONFIG, MODEL, mesh_of(shape))
+    update = make_update(CONFIG, MODEL, mesh_of(shape))
+    metrics: dict[str, float] = {}
+    for _ in range(2):
+        state, metrics = update(state, packed(8))
+    two = load_file(out)
+    for i, weight in enumerate(jax.tree.leaves(state.params)):
+        np.testing.assert_allclose(two[f"weight_{i}"], weight, atol=1e-6)
+    for name, value in metrics.items():
+        assert float(two[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
