@@ -26,8 +26,9 @@ from azr_jax.learn.loss import Totals, policy_loss
 from azr_jax.learn.optimizer import learning_rate, make_optimizer
 from azr_jax.learn.packing import PackedBatch
 from azr_jax.learn.state import TrainState, param_shardings, state_shardings
+from azr_jax.models.attention import attend
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.transformer import Array, Params, Remat, forward, param_specs
+from azr_jax.models.transformer import Array, Attend, Params, Remat, forward, param_specs
 from azr_jax.tasks.kinds import KINDS, ROLES
 
 Batch = dict[str, Any]  # the arrays of a PackedBatch by name
@@ -41,7 +42,14 @@ def micro_rows(config: Config, mesh: Mesh) -> int:
 
 
 def row_logprobs(
-    params: Params, model_config: ModelConfig, rows: Batch, temperature: float, mesh: Mesh, remat: Remat = "none"
+    params: Params,
+    model_config: ModelConfig,
+    rows: Batch,
+    temperature: float,
+    mesh: Mesh,
+    remat: Remat = "none",
+    attend: Attend = attend,
+    banned: Array | None = None,
 ) -> tuple[Array, Array]:
     """Log-probability of every token given its prefix, and the entropy it was drawn with: float32 [B, T] each.
 
@@ -56,9 +64,10 @@ def row_logprobs(
         rows["segments"],
         remat=remat,
         constrain=lambda x: lax.with_sharding_constraint(x, row_sharding(mesh)),
+        attend=attend,
     )
     targets = jnp.roll(rows["tokens"], -1, axis=1)
-    logprobs, entropy = next_token_logprobs(params, model_config, hidden, targets, temperature)
+    logprobs, entropy = next_token_logprobs(params, model_config, hidden, targets, temperature, banned=banned)
     return jnp.roll(logprobs, 1, axis=1), jnp.roll(entropy, 1, axis=1)
 
 
@@ -70,6 +79,8 @@ def summed_gradient(
     model_config: ModelConfig,
     mesh: Mesh,
     reference: Params | None = None,
+    attend: Attend = attend,
+    banned: Array | None = None,
 ) -> tuple[Params, Array, Totals]:
     """Sums over the first n_micro micro-batches: float32 gradient of the loss numerator, that numerator, Totals.
 
@@ -79,13 +90,14 @@ def summed_gradient(
     dtype = jnp.dtype(config.learn.dtype)
     compute = jax.tree.map(lambda x: x.astype(dtype), params)  # once a step; the master stays float32
 
+    def score(weights: Params, rows: Batch, remat: Remat) -> tuple[Array, Array]:
+        return row_logprobs(weights, model_config, rows, config.rollout.temperature, mesh, remat, attend, banned)
+
     def numerator(weights: Params, rows: Batch) -> tuple[Array, Totals]:
-        logprobs, entropy = row_logprobs(
-            weights, model_config, rows, config.rollout.temperature, mesh, config.learn.remat
-        )
+        logprobs, entropy = score(weights, rows, config.learn.remat)
         reference_logprobs = None
         if reference is not None:
-            reference_logprobs, _ = row_logprobs(reference, model_config, rows, config.rollout.temperature, mesh)
+            reference_logprobs, _ = score(reference, rows, "none")
         return policy_loss(
             logprobs,
             entropy,
@@ -111,11 +123,17 @@ def summed_gradient(
 
 
 def make_update(
-    config: Config, model_config: ModelConfig, mesh: Mesh, reference: Params | None = None
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    reference: Params | None = None,
+    attend: Attend = attend,
+    banned: Array | None = None,
 ) -> Update:
     """The function (state, batch) -> (state, metrics). The state given in is donated: use only the one returned.
 
-    reference: the initial weights in the compute dtype, where `learn.kl` asks for them.
+    reference: the initial weights in the compute dtype, where `learn.kl` asks for them. banned: bool [V], the tokens
+    that the sampler never draws.
 
     metrics are floats named `learner/...` (docs/metrics.md). A gradient that is not finite leaves weights, moments and
     schedule as they were and is counted in `state.skipped`; a batch without a single token is skipped too.
@@ -127,10 +145,15 @@ def make_update(
     whole = replicated(mesh)
 
     def update(
-        state: TrainState, batch: Batch, n_micro: Array, denominator: Array, reference: Params | None
+        state: TrainState,
+        batch: Batch,
+        n_micro: Array,
+        denominator: Array,
+        reference: Params | None,
+        banned: Array | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         gradient, numerator, totals = summed_gradient(
-            state.params, batch, n_micro, config, model_config, mesh, reference
+            state.params, batch, n_micro, config, model_config, mesh, reference, attend, banned
         )
         gradient = jax.tree.map(lambda g: g / denominator, gradient)
         grad_norm = optax.tree.norm(gradient)
@@ -164,14 +187,16 @@ def make_update(
 
     def run(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, float]]:
         counts = np.int32(batch.n_micro), np.float32(max(batch.denominator, 1e-6))
-        state, metrics = compiled(state, place(batch, mesh), *counts, reference)
+        state, metrics = compiled(state, place(batch, mesh), *counts, reference, banned)
         return state, {f"learner/{name}": float(value) for name, value in jax.device_get(metrics).items()}
 
     run.compiled = compiled  # type: ignore[attr-defined]
     return run
 
 
-def make_logprobs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Callable[[Params, PackedBatch], np.ndarray]:
+def make_logprobs(
+    config: Config, model_config: ModelConfig, mesh: Mesh, banned: Array | None = None
+) -> Callable[[Params, PackedBatch], np.ndarray]:
     """The function (params, batch) -> float32 [M, rows, T]: log-probs of the batch's tokens under these weights.
 
     0 outside responses. In the learner's own precision and at the rollout temperature, so the difference to
@@ -186,7 +211,7 @@ def make_logprobs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Call
         def one(index: Array, out: Array) -> Array:
             rows = {name: lax.dynamic_index_in_dim(array, index, keepdims=False) for name, array in batch.items()}
             rows = lax.with_sharding_constraint(rows, row_sharding(mesh))
-            logprobs, _ = row_logprobs(weights, model_config, rows, config.rollout.temperature, mesh)
+            logprobs, _ = row_logprobs(weights, model_config, rows, config.rollout.temperature, mesh, banned=banned)
             return lax.dynamic_update_index_in_dim(out, logprobs * rows["loss_mask"], index, axis=0)
 
         return lax.fori_loop(0, n_micro, one, jnp.zeros(batch["tokens"].shape, jnp.float32))

@@ -16,7 +16,8 @@ from jax import lax
 
 from azr_jax.models.attention import Visibility, attend_decode
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.transformer import Params, block, embed, prefill, rms_norm, rope_angles, unembed
+from azr_jax.models.transformer import Attend, Params, block, embed, prefill, rms_norm, rope_angles, unembed
+from azr_jax.models.vocabulary import ban
 
 Array = jax.Array
 
@@ -68,7 +69,7 @@ def _record(state: DecodeState, logits: Array, eos: Array) -> DecodeState:
     )
 
 
-@partial(jax.jit, static_argnames=("config", "max_response"))
+@partial(jax.jit, static_argnames=("config", "max_response", "attend"))
 def start(
     params: Params,
     config: ModelConfig,
@@ -80,17 +81,20 @@ def start(
     live: Array,
     eos: Array,
     max_response: int,
+    attend: Attend,
+    banned: Array | None = None,
 ) -> DecodeState:
     """Prefill and sample the first token.
 
     prompts int32 [U, P], left-padded by padding int32 [U]: the distinct prompts; source int32 [B] says which of them a
     row continues, so samples of one prompt share its prefill. key uint32 [B, 2]; temperature float32 [B];
-    live bool [B] (False: filler row); eos int32 [E].
+    live bool [B] (False: filler row); eos int32 [E];
+    banned bool [V]: tokens never sampled.
     """
     columns = jnp.arange(prompts.shape[1])
     segments = (columns >= padding[:, None]).astype(jnp.int32)  # [U, P]
     positions = jnp.maximum(columns - padding[:, None], 0)
-    hidden, (keys, values) = prefill(params, config, prompts, positions, segments)
+    hidden, (keys, values) = prefill(params, config, prompts, positions, segments, attend=attend)
     logits = unembed(params, config, hidden[:, -1])[source]  # [B, V]
 
     def room(x: Array) -> Array:  # [U, P, KV, hd] -> [B, KV, N, hd]
@@ -109,11 +113,13 @@ def start(
         done=~live,
         step=jnp.int32(0),
     )
-    return _record(state, logits, eos)
+    return _record(state, ban(logits, banned), eos)
 
 
 @partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("state",))
-def decode(params: Params, config: ModelConfig, state: DecodeState, eos: Array, steps: int) -> DecodeState:
+def decode(
+    params: Params, config: ModelConfig, state: DecodeState, eos: Array, steps: int, banned: Array | None = None
+) -> DecodeState:
     """Up to `steps` more tokens for every row not done; stops early when all are."""
     n, response = state.cache[0][0].shape[2], state.tokens.shape[1]
     layers = [jax.tree.map(lambda w, i=i: w[i], params["blocks"]) for i in range(config.num_layers)]
@@ -144,7 +150,8 @@ def decode(params: Params, config: ModelConfig, state: DecodeState, eos: Array, 
             x, kept = block(x, weights, config, angles[slides], attention)
             cache.append(kept)
         hidden = rms_norm(x, params["final_norm"], config)
-        return _record(state._replace(cache=tuple(cache)), unembed(params, config, hidden)[:, 0], eos)
+        logits = ban(unembed(params, config, hidden)[:, 0], banned)
+        return _record(state._replace(cache=tuple(cache)), logits, eos)
 
     end = state.step + steps
     return lax.while_loop(lambda s: (s.step < end) & ~jnp.all(s.done), one_token, state)

@@ -17,9 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from azr_jax.config import RolloutConfig
+from azr_jax.models.attention import attend
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import Tokenizer
-from azr_jax.models.transformer import Params
+from azr_jax.models.transformer import Attend, Params
 from azr_jax.rollout.decode import DecodeState, decode, keep_rows, start
 from azr_jax.rollout.request import Completion, Request
 
@@ -38,13 +39,18 @@ class EngineStats:
 
 @dataclass
 class Engine:
-    """Generates completions. `stop` are strings that end a response (besides the tokenizer's end-of-sequence ids)."""
+    """Generates completions. `stop` are strings that end a response (besides the tokenizer's end-of-sequence ids).
+
+    `attend` computes attention over prompts (see models/attention.py). `banned`, bool [V], are tokens never sampled.
+    """
 
     model: ModelConfig
     config: RolloutConfig
     tokenizer: Tokenizer
     mesh: Mesh
     stop: tuple[str, ...] = ()
+    attend: Attend = attend
+    banned: jax.Array | None = None
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
@@ -74,6 +80,13 @@ class Engine:
         self.stats.sequences += len(requests)
         return [done[i] for i in range(len(requests))]
 
+    def text(self, completion: Completion) -> str:
+        """A response for the parser. The token that completed a stop string may say more; that is cut off here only."""
+        text = self.tokenizer.decode(completion.tokens)
+        if completion.finish != "stop":
+            return text
+        return text[: min(text.index(stop) + len(stop) for stop in self.stop if stop in text)]
+
     def _size_for(self, rows: int) -> int:
         return min(size for size in self._sizes if size >= rows)
 
@@ -97,7 +110,8 @@ class Engine:
             source[row], key[row] = distinct[request.prompt], request.key
             temperature[row], live[row] = request.temperature, True
         arrays = [self._place(x) for x in (prompts, padding, source, key, temperature, live)]
-        return start(params, self.model, *arrays, self._eos, max_response=self.config.max_response)
+        most = self.config.max_response
+        return start(params, self.model, *arrays, self._eos, most, self.attend, self.banned)
 
     def _run_batch(
         self, params: Params, bucket: int, chosen: list[int], requests: Sequence[Request], done: dict[int, Completion]
@@ -122,7 +136,7 @@ class Engine:
                 smaller = self._size_for(len(rows))
                 if smaller < size or stopped:
                     state, rows, size = self._shrink(state, rows, smaller), list(enumerate(i for _, i in rows)), smaller
-            state = decode(params, self.model, state, self._eos, steps=self.config.block)
+            state = decode(params, self.model, state, self._eos, self.config.block, self.banned)
 
     def _shrink(self, state: DecodeState, rows: list[tuple[int, int]], size: int) -> DecodeState:
         index, live = np.zeros(size, np.int32), np.zeros(size, bool)

@@ -1,0 +1,22 @@
+"""Which backends JAX should look for, decided before it is imported.
+
+libtpu installed on a machine without a TPU (for planning, or by the test extra) makes JAX print several alarming lines
+and fall back to the CPU. Here the CPU is chosen at once instead, in silence. A choice made by the user stands.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+GOOGLE = "0x1ae0"  # PCI vendor of TPU chips
+
+
+def skip_absent_tpu(devices: Path = Path("/sys/bus/pci/devices"), nvidia: Path = Path("/dev/nvidiactl")) -> None:
+    """Set JAX_PLATFORMS=cpu where libtpu is installed and neither a TPU nor an NVIDIA GPU is there."""
+    if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None or nvidia.exists():
+        return
+    vendors = {file.read_text().strip() for file in devices.glob("*/vendor")}
+    if GOOGLE not in vendors:
+        os.environ["JAX_PLATFORMS"] = "cpu"
