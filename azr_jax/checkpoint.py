@@ -151,6 +151,33 @@ class Checkpointer:
         """The JSON part of one checkpoint, without its arrays. Raises ValueError or OSError if damaged."""
         return self._read_record(step)["extra"]
 
+    def restore_part(self, step: int, part: dict[str, Any]) -> dict[str, Any]:
+        """Some arrays of one checkpoint; the others are not read.
+
+        part: nested dicts of jax.ShapeDtypeStruct with shardings, keyed as the state (fields of a NamedTuple too).
+        Raises: UserError if the checkpoint is damaged or of another shape. A part of an older one would not be the
+        same state, so nothing is skipped.
+        """
+        try:
+            with _quiet_orbax():
+                saved = {_keys(name): leaf for name, leaf in self._read_record(step)["leaves"].items()}
+                wanted = {_keys(name): name for name in _describe(part)}
+                self._check_fits(step, {name: saved[keys] for keys, name in wanted.items() if keys in saved}, part)
+                how = ocp.args.PyTreeRestore(
+                    item=part, restore_args=ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True
+                )
+                found = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(self.path(step) / "state", args=how)
+                damaged = [
+                    name for name, leaf in _describe(found, _fingerprints(found)).items() if saved[_keys(name)] != leaf
+                ]
+                if damaged:
+                    raise ValueError(f"the content of {damaged[0]} is not what was saved")
+                return found
+        except UserError:
+            raise
+        except Exception as error:  # as in `restore`
+            raise UserError(f"checkpoint {self.path(step)} cannot be read: {_first_line(error)}") from error
+
     def _read(self, step: int, abstract_state: State) -> tuple[State, dict[str, Any]]:
         record = self._read_record(step)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
@@ -262,6 +289,11 @@ def _quiet_orbax() -> Iterator[None]:
         sys.unraisablehook = previous_hook
         for one, was_disabled in zip(loggers, were_disabled, strict=True):
             one.disabled = was_disabled
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    """The keys in a leaf's name, whatever held them: `.params['embed']` is `['params']['embed']`."""
+    return tuple(re.findall(r"\w+", name))
 
 
 def _shape_text(leaf: list[Any] | None) -> str:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from azr_jax import __version__
 from azr_jax.errors import UserError
+from azr_jax.platforms import skip_absent_tpu
 
 FAILED, INTERRUPTED = 1, 130
 PRETRAIN_UPDATES = 14_000  # of the shipped model: 29 M tokens
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
     hint = "" if debug else " (--debug shows the traceback)"
+    skip_absent_tpu()
     try:
         code = _run(arguments, debug)
         sys.stdout.flush()
@@ -99,6 +101,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_natural, default=0, help="of the sampling (default: 0)")
     _add_json(sub)
 
+    sub = command("score", _score, "log-probability of every token given its prefix: JSON lines in, JSON lines out")
+    sub.add_argument("file", metavar="FILE", help='{"id", "tokens": [ids]} or {"id", "text"} a line; - for stdin')
+    sub.add_argument("--model", metavar="PATH", required=True, help="Hugging Face folder, or embedded")
+    dtypes = ["float32", "bfloat16"]
+    sub.add_argument(
+        "--dtype", choices=dtypes, default=dtypes[0], help=f"of weights and products (default: {dtypes[0]})"
+    )
+    sub.add_argument("--json", action="store_true", help="accepted as everywhere; the output is JSON lines in any case")
+
+    sub = command("export", _export, "weights of a run, a checkpoint or a Hugging Face folder as a Hugging Face folder")
+    sub.add_argument("source", metavar="SOURCE", help="run folder, checkpoint in it, Hugging Face folder, or embedded")
+    sub.add_argument("--out", metavar="DIR", required=True, help="folder to write; must be new or empty")
+    sub.add_argument("--step", type=_natural, help="of a run's checkpoints (default: the newest)")
+    dtypes = ["as-loaded", "bfloat16", "float32"]
+    loaded = "as-loaded keeps the types of the model that the run started with"
+    sub.add_argument("--dtype", choices=dtypes, default=dtypes[0], help=f"{loaded} (default)")
+    sub.add_argument("--max-shard-gb", type=_positive, default=5.0, help="most of a weight file (default: 5)")
+    _add_json(sub)
+
     sub = command("report", _report, "write report.html, one self-contained file, into a run folder")
     sub.add_argument("run_dir", metavar="RUN_DIR")
 
@@ -140,6 +161,13 @@ def _not_negative(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
     return abs(number)  # -0.0 is 0
+
+
+def _positive(text: str) -> float:
+    number = _not_negative(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
 
 
 def _natural(text: str) -> int:
@@ -240,6 +268,19 @@ def _sample(args: argparse.Namespace) -> int:
     from azr_jax.sample import sample_command
 
     return sample_command(args)
+
+
+def _score(args: argparse.Namespace) -> int:
+    from azr_jax.score import score_command
+
+    return score_command(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the accelerator may be busy with the run itself
+    from azr_jax.export import export_command
+
+    return export_command(args)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -16,13 +16,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import jax
 from demo import machine
 
 from azr_jax.config import Config, ExecutorConfig, MeshConfig, RolloutConfig, TasksConfig
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.evals.heldout import Outcome, evaluate, held_out_tasks
 from azr_jax.executor import ExecutorPool
+from azr_jax.learn.state import param_shardings
 from azr_jax.micro.language import is_held_out
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import load_tokenizer
@@ -69,9 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     folder = model_folder(args.model)
     model, tokenizer = ModelConfig.load(folder), load_tokenizer(folder)
-    params = jax.device_put(load_weights(folder, model))
     rollout = RolloutConfig(max_prompt=96, max_response=64, batch=256)
     mesh = make_mesh(MeshConfig())
+    params = load_weights(folder, model, param_shardings(model, mesh))
     engine = Engine(model, rollout, tokenizer, mesh)
     tasks = held_out_tasks("standard", args.per_kind, seed=7)
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "per_kind": args.per_kind}

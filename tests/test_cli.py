@@ -19,7 +19,7 @@ from azr_jax.config_doc import config_keys_doc
 from azr_jax.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "seed", "check", "sample", "report", "doctor", "bench", "pretrain", "config"]
+COMMANDS = ["train", "seed", "check", "sample", "score", "export", "report", "doctor", "bench", "pretrain", "config"]
 
 
 @pytest.fixture
@@ -93,6 +93,11 @@ def test_version_and_module_entry():
         ["sample", "--temperature", "-1"],
         ["sample", "--temperature", "warm"],
         ["sample", "--seed", "-1"],
+        ["score", "tokens.jsonl"],
+        ["score", "tokens.jsonl", "--model", "m", "--dtype", "float16"],
+        ["export", "runs/a"],
+        ["export", "runs/a", "--out", "b", "--max-shard-gb", "0"],
+        ["export", "runs/a", "--out", "b", "--step", "newest"],
         ["pretrain"],
         ["pretrain", "--out", "d", "--updates", "1e3"],
         ["bench", "everything"],

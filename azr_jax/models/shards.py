@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -91,11 +91,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Any:
+    """A context manager. Opening checks the header against the size of the file."""
     try:
-        with safe_open(str(file), framework="np") as tensors:
-            yield tensors
+        return safe_open(str(file), framework="np")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy it here again") from None
 

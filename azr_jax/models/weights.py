@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from azr_jax.errors import UserError
 from azr_jax.models.config import ModelConfig
@@ -62,35 +61,163 @@ class Piece(NamedTuple):
 def pieces_of(config: ModelConfig) -> list[Piece]:
     """All tensors of a checkpoint of this model, in the order in which they are computed with."""
     table = weight_table(config)
-    pieces, blocks = [], []
-    for path, spec in _flat_specs(config).items():
+    ends, block = {}, []
+    for path, spec in _flat(param_specs(config)).items():
         row = table[path]
         if row.stacked:
-            blocks.append((row, path, row.their_shape(spec.shape[1:])))
+            block.append(Piece(row.key, row.their_shape(spec.shape[1:]), path, None))
         else:
-            pieces.append(Piece(row.key, row.their_shape(spec.shape), path, None))
-    layers = [Piece(row.key.format(layer=i), shape, path, i) for i in range(config.num_layers) for row, path, shape in blocks]
-    return [*pieces[:1], *layers, *pieces[1:]]
+            ends[path] = Piece(row.key, row.their_shape(spec.shape), path, None)
+    first = ends.pop("embed")
+    layers = [part._replace(key=part.key.format(layer=i), layer=i) for i in range(config.num_layers) for part in block]
+    return [first, *layers, *ends.values()]
 
 
-def load_weights(
-    folder: Path, config: ModelConfig, shardings: Any = None, dtype: Any = jnp.float32
-) -> Params:
-    """The weights of a checkpoint, nested as `param_specs`, in one floating dtype.
+def stored_weights(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    """The tensors of a checkpoint by the key that the family's table has for them; only headers are read.
 
-    shardings: nested as `param_specs` (`learn.state.param_shardings`); None puts everything on one device.
-    dtype: bfloat16 and float16 checkpoints become their exact float32 values. With several processes each calls this.
-    Raises UserError naming the file or key that is wrong, before anything is read.
+    Raises UserError naming the file or key that is wrong: missing, unknown, of a wrong shape or an unsupported type.
     """
-    stored, table = stored_weights(folder, config), weight_table(config)
-    specs = _flat_specs(config)
-    treedef = jax.tree.structure(_map_specs(param_specs(config), lambda path, spec: path))
-    whole = SingleDeviceSharding(jax.local_devices()[0])
-    targets = treedef.flatten_up_to(shardings) if shardings is not None else [whole] * len(specs)
-    places = dict(zip(_sorted_paths(config), targets, strict=True))
-    weights: dict[str, jax.Array] = {}
-    for path in sorted(specs, key=lambda path: -math.prod(specs[path].shape)):
-        # Largest first: a weight is held twice while it goes to its devices, and then little else is there yet.
-        read = _reader(table[path], stored, specs[path].shape, np.dtype(dtype))
-        weights[path] = jax.make_array_from_callback(specs[path].shape, places[path], read).block_until_ready()
-    return _map_specs(param_specs(config), lambda path, spec: weights[path])
+    found, left_out = {}, 0
+    for raw, stored in stored_tensors(folder).items():
+        key = text_key(raw)
+        left_out += key is None
+        if key is not None and not key.endswith(IGNORED):
+            found[key] = stored
+    for key, stored in sorted(found.items()):
+        if stored.type not in DTYPES:
+            raise UserError(f"{stored.file}: weight {key} is of type {stored.type}; supported are {', '.join(DTYPES)}")
+    wanted = pieces_of(config)
+    for piece in wanted:
+        if piece.key not in found:
+            raise UserError(f"{folder}: weight {piece.key} is missing from the checkpoint")
+        shape = found[piece.key].shape
+        if shape != piece.shape:
+            raise UserError(f"{folder}: weight {piece.key} has shape {shape}, config.json asks for {piece.shape}")
+    if config.tie_word_embeddings and HEAD in found:
+        _check_tied(found.pop(HEAD), found[wanted[0].key])
+    unknown = sorted(found.keys() - {piece.key for piece in wanted})
+    if unknown:
+        raise UserError(f"{folder}: unknown weight {unknown[0]} ({len(unknown)} in all); the family may differ")
+    if left_out:
+        log.info("%s: a text model with a vision part, of which %d tensors are left out", folder, left_out)
+    return found
+
+
+def load_weights(folder: Path, config: ModelConfig, shardings: Any = None, dtype: Any = jnp.float32) -> Params:
+    """The weights of a checkpoint, nested as `param_specs`, all of one floating dtype.
+
+    shardings: nested as `param_specs` (`learn.state.param_shardings`), and every process calls this; None leaves numpy
+    arrays in host memory. float32 from a bfloat16 or float16 checkpoint is exact. Raises UserError as `stored_weights`.
+    """
+    stored, table, specs = stored_weights(folder, config), weight_table(config), param_specs(config)
+    shapes = {path: spec.shape for path, spec in _flat(specs).items()}
+    targets = _flat(shardings) if shardings is not None else {}
+    weights: dict[str, Any] = {}
+    for path in sorted(shapes, key=lambda path: -math.prod(shapes[path])):
+        # Largest first: where devices share the host's memory a weight may exist twice for a moment, and then little
+        # else is there yet.
+        shape = shapes[path]
+        read = _reader(table[path], stored, shape, np.dtype(dtype))
+        if shardings is None:
+            weights[path] = read((slice(None),) * len(shape))
+        else:
+            weights[path] = jax.make_array_from_callback(shape, targets[path], read, dtype=dtype).block_until_ready()
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=_is_spec), [weights[path] for path in shapes])
+
+
+def save_weights(folder: Path, config: ModelConfig, params: Params) -> None:
+    """Write config.json and safetensors in the dtype of the weights, loadable by `transformers`."""
+    weights = _flat(params)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = config.to_hf() | {"torch_dtype": str(weights["embed"].dtype)}
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    dtypes = {piece.key: np.dtype(weights[piece.path].dtype) for piece in pieces_of(config)}
+
+    def fetch(piece: Piece) -> np.ndarray:
+        weight = weights[piece.path]
+        return np.asarray(weight if piece.layer is None else weight[piece.layer])
+
+    write_weights(folder, config, dtypes, fetch)
+
+
+def write_weights(
+    folder: Path,
+    config: ModelConfig,
+    dtypes: Mapping[str, np.dtype],
+    fetch: Callable[[Piece], np.ndarray],
+    max_bytes: int = MAX_SHARD_BYTES,
+) -> ShardWriter:
+    """Write the safetensors files into `folder`, holding one tensor at a time; the closed writer knows what it wrote.
+
+    dtypes: of each tensor, by key. fetch: one tensor in our layout, any float dtype; asked for weight by weight, all
+    layers of one before the next. Raises UserError where a value does not fit its type.
+    """
+    table, pieces = weight_table(config), pieces_of(config)
+    with ShardWriter(folder, {piece.key: (piece.shape, dtypes[piece.key]) for piece in pieces}, max_bytes) as writer:
+        for piece in sorted(pieces, key=lambda piece: piece.path):
+            weight = table[piece.path].to_theirs(fetch(piece))
+            with np.errstate(over="ignore"):
+                tensor = weight.astype(dtypes[piece.key], copy=False)
+            if tensor.dtype == np.float16 and (np.isinf(tensor) & ~np.isinf(weight)).any():
+                raise UserError(f"weight {piece.key} has values beyond float16; export as bfloat16 or float32")
+            writer.write(piece.key, tensor)
+    return writer
+
+
+def _reader(
+    row: Row, stored: Mapping[str, Stored], shape: Shape, dtype: np.dtype
+) -> Callable[[Index | None], np.ndarray]:
+    """Reads parts of one of our weights; what several devices hold is read once."""
+    done: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def fill(out: np.ndarray, key: str, index: Index, shape: Shape) -> None:
+        cut = row.cut(index, shape)
+        row.fill(out, stored[key].read(cut.read), cut)
+
+    def read(index: Index | None) -> np.ndarray:
+        assert index is not None  # every weight has axes
+        ranges = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        if ranges not in done:
+            out = _aligned([stop - start for start, stop, _ in ranges], dtype)
+            if row.stacked:
+                for place, layer in enumerate(range(*ranges[0])):
+                    fill(out[place], row.key.format(layer=layer), index[1:], shape[1:])
+            else:
+                fill(out, row.key, index, shape)
+            done[ranges] = out
+        return done[ranges]
+
+    return read
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that XLA on CPU takes over as it is; those that do not begin at 64 bytes it copies."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_tied(head: Stored, embedding: Stored) -> None:
+    """A tied model that brings a head of its own is no tied model."""
+    size = head.shape[0]
+    rows = max(1, COMPARED_AT_ONCE // math.prod(head.shape[1:]))
+    parts = [(slice(start, min(start + rows, size)),) for start in range(0, size, rows)]
+    if (head.shape, head.type) != (embedding.shape, embedding.type) or not all(
+        np.array_equal(head.read(part).view(np.uint8), embedding.read(part).view(np.uint8)) for part in parts
+    ):
+        raise UserError(
+            f"{head.file}: {HEAD} differs from {embedding.key}, but config.json says tie_word_embeddings; "
+            "set that to false, or remove the head"
+        )
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """{"blocks/q": leaf, ...} of weights, Specs or shardings nested as `param_specs`, in the order of jax.tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_spec)[0]
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def _is_spec(node: object) -> bool:
+    return isinstance(node, Spec)
