@@ -20,7 +20,7 @@ class TasksConfig:
     samples: int = 8  #: n, solver samples per valid proposal that estimate learnability
     seed_factor: int = 4  #: each buffer is seeded with seed_factor * batch tasks
     buffer_cap: int = 16384  #: most tasks a buffer holds
-    prompt_format: Literal["auto", "full", "compact"] = "auto"  #: auto: compact for models that have its tags as tokens
+    prompt_format: Literal["auto", "base", "chat", "compact"] = "auto"  #: prompt template; auto: see docs/prompts.md
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class RolloutConfig:
     max_response: int = 8096  #: longest response, tokens
     temperature: float = 1.0  #: of every trained or learnability sample
     batch: int = 256  #: sequences decoded together
+    ban_untrained_tokens: bool = False  #: never sample tokens whose vocabulary rows look untrained
     block: int = 16  #: decode steps between two looks at which sequences are done
 
 

@@ -18,8 +18,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import jax
-
 from azr_jax.config import ExecutorConfig, MeshConfig, RolloutConfig, TasksConfig
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.errors import UserError
@@ -30,6 +28,7 @@ from azr_jax.executor.values import canonical, parse_arguments, parse_value
 from azr_jax.learn.state import param_shardings
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import load_tokenizer
+from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Request, request_key
@@ -37,8 +36,9 @@ from azr_jax.selfplay import answer_check
 from azr_jax.tasks.buffers import seed_task
 from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import Kind, Role, Task
-from azr_jax.tasks.prompts import select_format
+from azr_jax.tasks.literal import unmarked
 from azr_jax.tasks.validation import distinct_inputs, proposal_rejection
+from azr_jax.templates import choose_template, make_prompts
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +61,13 @@ class Model:
         folder = model_folder(name)
         self.config = ModelConfig.load(folder)
         self.tokenizer = load_tokenizer(folder)
-        self.prompts = select_format("auto", self.tokenizer.encode)
+        template, why = choose_template("auto", self.tokenizer)
+        log.info("prompt template: %s (%s)", template, why)
+        self.prompts = make_prompts(template, self.tokenizer)
         self.compact = isinstance(self.prompts, CompactFormat)
         self.mesh = make_mesh(MeshConfig())
-        self.params = jax.device_put(load_weights(folder, self.config), param_shardings(self.config, self.mesh))
+        self.params = load_weights(folder, self.config, param_shardings(self.config, self.mesh))
+        audit(self.params, self.config, self.tokenizer, self.mesh)
         self.temperature, self.seed = temperature, seed
         self._count = 0
 
@@ -73,12 +76,12 @@ class Model:
 
         UserError: no text, or more than MAX_PROMPT tokens.
         """
-        ids = tuple(self.tokenizer.encode(text))
-        if not ids:
+        ids = self.tokenizer.prompt(text)
+        if not text or not ids:
             raise UserError("the prompt is empty; give at least one character")
         if len(ids) > MAX_PROMPT:
             raise UserError(f"the prompt has {len(ids)} tokens, more than {MAX_PROMPT}; shorten it")
-        if self.tokenizer.decode(ids) != text:
+        if not self.tokenizer.represents(text):
             known = "; this model knows printable ASCII and newlines" if self.compact else ""
             log.warning("warning: the tokenizer cannot represent all characters of the prompt%s", known)
         size = SMALLEST_PROMPT
@@ -90,8 +93,8 @@ class Model:
         key = request_key(self.seed, "sample", self._count)
         self._count += 1
         (completion,) = engine.generate(self.params, [Request(ids, key, self.temperature)])
-        response = self.tokenizer.decode(completion.tokens)
-        return {"prompt": text, "response": response, "tokens": len(completion.tokens), "finish": completion.finish}
+        record = {"prompt": unmarked(text), "response": engine.text(completion)}
+        return record | {"tokens": len(completion.tokens), "finish": completion.finish}
 
 
 class Console:

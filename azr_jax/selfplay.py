@@ -310,11 +310,11 @@ class SelfPlay:
             ]
             for attempt, completion in zip(attempts, self.engine.generate(params, requests), strict=True):
                 attempt.completion = completion
-                attempt.response = self.engine.tokenizer.decode(completion.tokens)
+                attempt.response = self.engine.text(completion)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Prompt ids."""
-        return tuple(self.engine.tokenizer.encode(text))
+        return self.engine.tokenizer.prompt(text)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

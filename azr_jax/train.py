@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from dataclasses import asdict, replace
+from functools import cached_property, partial
 from typing import Any, TextIO
 
 import jax
@@ -25,11 +26,14 @@ from azr_jax.evals.schedule import Evaluate, FixedEvaluation, fresh_comparison, 
 from azr_jax.executor import ExecutorPool
 from azr_jax.learn.prepare import prepare
 from azr_jax.learn.state import TrainState, init_state, param_shardings
-from azr_jax.learn.step import make_update, micro_rows
+from azr_jax.learn.step import Update, make_update, micro_rows
 from azr_jax.micro.language import is_held_out
+from azr_jax.models.attention import attend
+from azr_jax.models.attention_choice import choose_attention
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import load_tokenizer
 from azr_jax.models.transformer import Params
+from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine
 from azr_jax.selfplay import Attempt, SelfPlay, Step
@@ -37,7 +41,6 @@ from azr_jax.signals import GracefulStop
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import GROUPS, KINDS, Role
-from azr_jax.tasks.prompts import select_format
 from azr_jax.telemetry import oversight
 from azr_jax.telemetry.process import CompileCounter, resident_mb
 from azr_jax.telemetry.progress import LEGEND, Progress, before_after_table, comparisons
@@ -45,6 +48,7 @@ from azr_jax.telemetry.report import write_report
 from azr_jax.telemetry.run_folder import RunFolder
 from azr_jax.telemetry.step_metrics import step_metrics
 from azr_jax.telemetry.wandb_sink import WandbSink
+from azr_jax.templates import choose_template, make_prompts
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +64,16 @@ class Run:
         self.model = ModelConfig.load(self.folder)
         self.mesh = make_mesh(config.mesh)
         tokenizer = load_tokenizer(self.folder)
-        self.prompts = select_format(config.tasks.prompt_format, tokenizer.encode)
-        self.engine = Engine(self.model, config.rollout, tokenizer, self.mesh, self.prompts.stop)
+        template, _ = choose_template(config.tasks.prompt_format, tokenizer)
+        self.prompts = make_prompts(template, tokenizer)
+        kind = choose_attention(
+            config.attention,
+            head_dim=self.model.head_dim,
+            dtype=config.learn.dtype,
+            windows=bool(self.model.sliding_layers),
+        )
+        how = partial(attend, kind=kind, mesh=self.mesh)
+        self.engine = Engine(self.model, config.rollout, tokenizer, self.mesh, self.prompts.stop, how)
         self.micro = isinstance(self.prompts, CompactFormat)  # the held-out sets speak this format only
         held_out = is_held_out if self.micro else lambda _: False
         self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, held_out)
@@ -69,17 +81,27 @@ class Run:
         self.evaluation = FixedEvaluation(config.eval.per_kind) if self.micro and config.eval.every else None
         if not self.micro and (config.eval.every or config.eval.final_per_kind):
             log.warning("no evaluation: the held-out micro programs are for models of the compact prompt format")
-        reference = None
+        self.reference: Params | None = None
         if config.learn.kl != "none":
             dtype = jnp.dtype(config.learn.dtype)
-            reference = load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), dtype)
-        self.update = make_update(config, self.model, self.mesh, reference)
+            self.reference = load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), dtype)
         self.rows = micro_rows(config, self.mesh)
         self.skipped = 0  # updates in a row
+        self.audited = False
+
+    @cached_property
+    def update(self) -> Update:
+        """The compiled update; made once it is known which tokens are banned."""
+        engine = self.engine
+        return make_update(self.config, self.model, self.mesh, self.reference, engine.attend, engine.banned)
 
     def fresh_state(self) -> TrainState:
-        """The state before the first update."""
+        """The state before the first update. The first call looks over the vocabulary."""
         weights = load_weights(self.folder, self.model, param_shardings(self.model, self.mesh))
+        if not self.audited:
+            wanted = self.config.rollout.ban_untrained_tokens
+            self.engine.banned = audit(weights, self.model, self.engine.tokenizer, self.mesh, wanted)
+            self.audited = True
         return init_state(weights, self.config, self.model, self.mesh)
 
     def sampling_weights(self, state: TrainState) -> Params:
@@ -120,8 +142,16 @@ class Run:
         return state, metrics
 
 
+def with_template(config: Config) -> Config:
+    """The configuration with `tasks.prompt_format` settled, as it is saved; says which it is and why."""
+    template, why = choose_template(config.tasks.prompt_format, load_tokenizer(model_folder(config.model)))
+    log.info("prompt template: %s (%s)", template, why)
+    return replace(config, tasks=replace(config.tasks, prompt_format=template))
+
+
 def train(config: Config, config_path: str, allow_config_change: bool = False) -> int:
     """`azr-jax train`: run or resume; returns the exit code. `config_path` is only shown."""
+    config = with_template(config)
     folder = RunFolder.open(config.run_dir, config_to_yaml(config), allow_config_change)
     wandb = WandbSink(config.wandb_project, folder.path, asdict(config))
     with folder, wandb, GracefulStop() as stop, ExecutorPool(config.executor) as pool:
@@ -296,6 +326,7 @@ def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
 
 def seed(config: Config, out: TextIO) -> int:
     """`azr-jax seed`: only the seed buffers, one task a line."""
+    config = with_template(config)
     with ExecutorPool(config.executor) as pool:
         run = Run(replace(config, eval=replace(config.eval, every=0)), pool)
         run.selfplay.seed(run.sampling_weights(run.fresh_state()))

@@ -49,7 +49,6 @@ def trajectories() -> list[tuple[np.ndarray, int, np.ndarray, float]]:
 
 def ours() -> dict[str, float]:
     """Seconds a step, loss of the first step."""
-    import jax
 
     from azr_jax.config import Config, LearnConfig, MeshConfig, RolloutConfig
     from azr_jax.dist.mesh import make_mesh
@@ -109,7 +108,7 @@ def torch_peer() -> dict[str, float]:
         value = 0.0
         for batch in batches:
             width = len(batch[0][0])
-            ids, seen = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
+            ids, seen = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(2))
             for row, (tokens, *_) in enumerate(batch):
                 ids[row, : len(tokens)], seen[row, : len(tokens)] = torch.from_numpy(tokens), 1
             hidden = model.model(ids, attention_mask=seen).last_hidden_state
@@ -134,7 +133,8 @@ def in_a_process(which: str) -> dict[str, float]:
     """Figures of one side, with its peak resident memory in MB."""
     command = [sys.executable, __file__, "--side", which]
     environment = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment).stdout.splitlines()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

@@ -94,13 +94,13 @@ def evaluate(
 
     An answer it could not judge is wrong, and so is a task whose prompt is longer than the engine takes.
     """
-    encoded = {i: tuple(engine.tokenizer.encode(prompts.solve(task))) for i, task in enumerate(tasks)}
+    encoded = {i: engine.tokenizer.prompt(prompts.solve(task)) for i, task in enumerate(tasks)}
     asked = [i for i, ids in encoded.items() if engine.fits(ids)]
     if len(asked) < len(tasks):
         log.warning("evaluation: %d of %d prompts exceed rollout.max_prompt", len(tasks) - len(asked), len(tasks))
     requests = [Request(encoded[i], request_key(seed, "eval", i), temperature) for i in asked]
-    tokens = dict(zip(asked, (c.tokens for c in engine.generate(params, requests)), strict=True))
-    responses = [engine.tokenizer.decode(tokens[i]) if i in tokens else "" for i in encoded]
+    completions = dict(zip(asked, engine.generate(params, requests), strict=True))
+    responses = [engine.text(completions[i]) if i in completions else "" for i in encoded]
     checks = []
     for i, (task, response) in enumerate(zip(tasks, responses, strict=True)):
         answer = prompts.parse_answer(task.kind, response)
@@ -111,5 +111,5 @@ def evaluate(
         tasks=tuple(tasks),
         correct=tuple(correct.get(i, False) for i in range(len(tasks))),
         thinks=tuple(prompts.thinks(response) for response in responses),
-        lengths=tuple(len(tokens[i]) if i in tokens else 0 for i in encoded),
+        lengths=tuple(len(completions[i].tokens) if i in completions else 0 for i in encoded),
     )

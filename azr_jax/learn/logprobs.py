@@ -13,6 +13,7 @@ from jax import lax
 
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.transformer import Array, Params, unembed
+from azr_jax.models.vocabulary import ban
 
 #: Most logits held at once, as a count of float32 (128 MiB). A 150k vocabulary then has chunks of about 220 tokens,
 #: where the projection is just compute-bound on current accelerators; a tiny vocabulary needs a single chunk.
@@ -26,19 +27,21 @@ def next_token_logprobs(
     targets: Array,
     temperature: float,
     max_logits: int = MAX_LOGITS,
+    banned: Array | None = None,
 ) -> tuple[Array, Array]:
     """log p(target) and entropy of the distribution it was sampled from, both float32 [B, T], in nats.
 
     hidden [B, T, D] are final hidden states, targets int32 [B, T] the token that follows each position. Logits are
-    divided by the temperature in float32, exactly as the sampler does. At most `max_logits` logits exist at a time
-    (and at least one column of B tokens). Chunks run along T, so rows stay on the devices that hold them.
+    divided by the temperature in float32, and `banned` tokens (bool [V]) have probability 0, exactly as in the sampler.
+    At most `max_logits` logits exist at a time (and at least one column of B tokens). Chunks run along T, so rows stay
+    on the devices that hold them.
     """
     b, t, d = hidden.shape
     chunk = min(t, max(1, max_logits // (b * config.vocab_size)))
     n = -(-t // chunk)
 
     def body(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        logits = unembed(params, config, hidden) / temperature  # [B, C, V]
+        logits = ban(unembed(params, config, hidden), banned) / temperature  # [B, C, V]
         log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, C]
         # A masked sum instead of a gather: it fuses, and it splits over a vocabulary that is sharded.
         chosen = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]

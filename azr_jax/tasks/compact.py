@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 
 from azr_jax.tasks.kinds import Kind, Proposal, Role, Task
+from azr_jax.tasks.literal import literal
 
 TAGS = (
     "<SD>", "<SA>", "<SI>", "<PD>", "<PA>", "<PI>",
@@ -29,6 +30,7 @@ _HEAD = {
     (Role.PROPOSE, Kind.ABDUCTION): "<PA>",
     (Role.PROPOSE, Kind.INDUCTION): "<PI>",
 }
+_MARKUP = re.compile(r"<[^\s<>]*>")  # what a tag or another control token may look like
 _ANY_TAG = re.compile("(" + "|".join(re.escape(tag) for tag in TAGS) + ")")
 
 
@@ -40,26 +42,35 @@ def split_fields(text: str) -> list[tuple[str, str]] | None:
     return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def _field(tag: str, content: str) -> str:
+    return tag + (literal(content) if _MARKUP.search(content) else content)
+
+
 class CompactFormat:
     """Implements `prompts.PromptFormat` for models trained on the tags above."""
 
     stop: tuple[str, ...] = ()
+    tags: tuple[str, ...] = TAGS
 
     def propose(self, kind: Kind, references: Sequence[Task], n_inputs: int) -> str:
         """Prompt of the proposer; for induction, references[0] holds the given program."""
         head = _HEAD[Role.PROPOSE, kind]
         if kind is Kind.INDUCTION:
-            return f"{head}<code>{references[0].program}"
-        return head + "".join(f"<code>{ref.program}<in>{ref.input}<out>{ref.output}" for ref in references)
+            return head + _field("<code>", references[0].program)
+        return head + "".join(
+            _field("<code>", ref.program) + _field("<in>", ref.input) + _field("<out>", ref.output)
+            for ref in references
+        )
 
     def solve(self, task: Task) -> str:
         """Prompt of the solver."""
         head = _HEAD[Role.SOLVE, task.kind]
         if task.kind is Kind.DEDUCTION:
-            return f"{head}<code>{task.program}<in>{task.input}"
+            return head + _field("<code>", task.program) + _field("<in>", task.input)
         if task.kind is Kind.ABDUCTION:
-            return f"{head}<code>{task.program}<out>{task.output}"
-        return f"{head}<msg>{task.message}" + "".join(f"<in>{i}<out>{o}" for i, o in task.shown)
+            return head + _field("<code>", task.program) + _field("<out>", task.output)
+        pairs = "".join(_field("<in>", i) + _field("<out>", o) for i, o in task.shown)
+        return head + _field("<msg>", task.message) + pairs
 
     def parse_proposal(self, kind: Kind, references: Sequence[Task], response: str) -> Proposal | None:
         """The proposed task, or None if the tags are not exactly those asked for. Never raises."""

@@ -1,7 +1,8 @@
 """Prompts for pretrained models: instructions in plain words, reasoning and answer in tags, content in fenced blocks.
 
-The frame is that of R1-style training (paper Fig. 33): the prompt ends with an open `<think>`, so a base model starts
-by reasoning, and generation stops at `</answer>`. A response is well formed if
+Two frames stand around the same task. `base` is that of R1-style training (paper Fig. 33): the prompt ends with an open
+`<think>`, so a base model starts by reasoning. `chat` is the model's own chat template, with the instruction as system
+message. In both, generation stops at `</answer>`. A response is well formed if
 
 - it closes the reasoning with `</think>` (a repeated opening `<think>` at its very start is tolerated),
 - one `<answer>` ... `</answer>` comes after that, with nothing behind, and none of these tags appears anywhere else,
@@ -9,24 +10,30 @@ by reasoning, and generation stops at `</answer>`. A response is well formed if
 
 Of several blocks with the same label the last one counts, except for the inputs of an induction proposal, which are all
 taken. Text around blocks is ignored. Wording is our own; the paper's prompts (its appendix) fixed only the content.
-What a response's blocks contain is not looked at here: that is for validation.py and the executor.
+What a response's blocks contain is not looked at here: that is for validation.py and the executor. What models and
+programs wrote stands in a prompt as literal text (literal.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from azr_jax.tasks.kinds import Kind, Proposal, Task
+from azr_jax.tasks.literal import literal
 from azr_jax.tasks.validation import PAPER_MODULES
 
-_FRAME = """\
+_BASE = """\
 A user gives an assistant a task. The assistant first reasons step by step inside <think> </think>, then gives the \
 result inside <answer> </answer>, and nothing after it.
 
 User: {task}
 
 Assistant: <think>"""
+
+_SYSTEM = """\
+First reason step by step inside <think> </think>, then give the result inside <answer> </answer>, and nothing after \
+it."""
 
 _BLOCKS = {
     "python": "```python\ndef f(...):\n    ...\n    return ...\n```",
@@ -149,27 +156,32 @@ def blocks(text: str, label: str) -> list[str]:
 
 
 class FullFormat:
-    """Implements `prompts.PromptFormat` for pretrained models."""
+    """Implements `prompts.PromptFormat` for pretrained models: with `render`, in a chat, else in the base frame."""
 
     stop: tuple[str, ...] = ("</answer>",)
+    tags: tuple[str, ...] = ("<think>", "</think>", "<answer>", "</answer>")
+
+    def __init__(self, render: Callable[[str, str], str] | None = None) -> None:
+        """render: (system message, user message) -> the prompt in the model's chat template."""
+        self._render = render
 
     def propose(self, kind: Kind, references: Sequence[Task], n_inputs: int) -> str:
         """Prompt of the proposer. No references: no examples are shown (the paper's K = 0 ablation)."""
         if kind is Kind.INDUCTION:
-            return _frame(
+            return self._frame(
                 _PROPOSE_INPUTS,
-                program=fenced("python", references[0].program),
+                program=_given("python", references[0].program),
                 n=str(n_inputs),
                 input_rule=_INPUT_RULE,
                 input_block=_BLOCKS["input"],
                 message_block=_BLOCKS["message"],
             )
         examples = "".join(
-            f"\nExample {number}:\n\n{fenced('python', task.program)}\n{fenced('input', task.input)}\n"
-            f"{fenced('output', task.output)}\n"
+            f"\nExample {number}:\n\n{_given('python', task.program)}\n{_given('input', task.input)}\n"
+            f"{_given('output', task.output)}\n"
             for number, task in enumerate(references, 1)
         )
-        return _frame(
+        return self._frame(
             _PROPOSE_PROGRAM,
             hard_part=_HARD_PART[kind],
             rules=_PROGRAM_RULES,
@@ -180,25 +192,31 @@ class FullFormat:
 
     def solve(self, task: Task) -> str:
         """Prompt of the solver."""
-        program = fenced("python", task.program)
+        program = _given("python", task.program)
         if task.kind is Kind.DEDUCTION:
-            return _frame(_SOLVE_DEDUCTION, program=program, input=fenced("input", task.input), block=_BLOCKS["output"])
+            given = _given("input", task.input)
+            return self._frame(_SOLVE_DEDUCTION, program=program, input=given, block=_BLOCKS["output"])
         if task.kind is Kind.ABDUCTION:
-            return _frame(
+            return self._frame(
                 _SOLVE_ABDUCTION,
                 program=program,
-                output=fenced("output", task.output),
+                output=_given("output", task.output),
                 input_rule=_INPUT_RULE,
                 block=_BLOCKS["input"],
             )
-        pairs = "\n".join(f"{fenced('input', i)}\n{fenced('output', o)}" for i, o in task.shown)
-        return _frame(
+        pairs = "\n".join(f"{_given('input', i)}\n{_given('output', o)}" for i, o in task.shown)
+        return self._frame(
             _SOLVE_INDUCTION,
             pairs=pairs,
-            message=task.message or "(none)",
+            message=literal(task.message) if task.message else "(none)",
             rules=_PROGRAM_RULES,
             block=_BLOCKS["python"],
         )
+
+    def _frame(self, template: str, **fields: str) -> str:
+        # str.format never looks into the values, so braces in programs are safe.
+        task = template.format(**fields)
+        return self._render(_SYSTEM, task) if self._render else _BASE.format(task=task)
 
     def parse_proposal(self, kind: Kind, references: Sequence[Task], response: str) -> Proposal | None:
         """The proposal, or None for a bad format; see the module docstring. Never raises."""
@@ -242,6 +260,5 @@ def _answer(response: str) -> str | None:
     return body[marks[1].end() : marks[2].start()]
 
 
-def _frame(template: str, **fields: str) -> str:
-    # str.format never looks into the values, so braces in programs are safe.
-    return _FRAME.format(task=template.format(**fields))
+def _given(label: str, content: str) -> str:
+    return fenced(label, literal(content))

@@ -1,22 +1,22 @@
 """The interface between self-play and text: prompts out, proposals and answers in. Two implementations:
 
-`full` (full.py) for pretrained models, with instructions and fenced blocks; `compact` (compact.py) for tiny models,
-one tag a field. Parsing never raises: a response that does not follow its format is None, and costs -1 (rewards.py).
+FullFormat (full.py) for pretrained models, with instructions and fenced blocks, in a base or a chat frame, and
+CompactFormat (compact.py) for tiny models, one tag a field. Which one a model gets is decided in azr_jax/templates.py.
+Parsing never raises: a response that does not follow its format is None, and costs -1 (rewards.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-from azr_jax.tasks.compact import TAGS, CompactFormat
-from azr_jax.tasks.full import FullFormat
 from azr_jax.tasks.kinds import Kind, Proposal, Task
 
 
 class PromptFormat(Protocol):
     """How tasks are put to a model and read back from it."""
 
+    tags: tuple[str, ...]  #: what structures a response; in the text of tasks they are no tokens
     stop: tuple[str, ...]  #: strings that end a response and belong to it; () if the end-of-sequence token does
 
     def propose(self, kind: Kind, references: Sequence[Task], n_inputs: int) -> str:
@@ -33,15 +33,3 @@ class PromptFormat(Protocol):
 
     def thinks(self, response: str) -> bool:
         """Whether the response reasons before it answers."""
-
-
-def select_format(
-    name: Literal["auto", "full", "compact"], encode: Callable[[str], Sequence[int]]
-) -> PromptFormat:
-    """The format of `tasks.prompt_format`; `auto` is compact for a model whose tokenizer has every tag as one token.
-
-    So a trained copy of the embedded model keeps its format wherever it lies. `encode`: text to token ids.
-    """
-    if name == "compact" or (name == "auto" and all(len(encode(tag)) == 1 for tag in TAGS)):
-        return CompactFormat()
-    return FullFormat()

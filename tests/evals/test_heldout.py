@@ -34,6 +34,9 @@ class Oracle:
     def fits(self, prompt: Sequence[int]) -> bool:
         return len(prompt) <= self.longest
 
+    def text(self, completion: Completion) -> str:
+        return self.tokenizer.decode(completion.tokens)
+
     def generate(self, params: object, requests: Sequence[Request]) -> list[Completion]:
         assert all(map(self.fits, (request.prompt for request in requests)))
         texts = [self.answers.get(self.tokenizer.decode(request.prompt), "nonsense") for request in requests]
