@@ -28,6 +28,8 @@ from azr_jax.executor.runs import Limits, Outcome, Run
 from azr_jax.tasks.validation import static_rejection
 
 _MAX_OPEN = 2048  # requests in work; beyond that we stop reading, and the trainer's writes wait
+_MESSAGES_A_TURN = 8  # of the trainer; between turns, workers that have become free get their next run
+_COLLECT_SECONDS = 0.002  # that verdicts wait for company while runs are queued: each message wakes the trainer
 _CACHE_VERDICTS = 8192
 _CACHE_CHARS = 4096  # of a request; a bound on the cache's memory
 _NOT_CACHED = ("infra", "memory", "crashed")  # another time may tell more
@@ -38,7 +40,10 @@ def main() -> None:
     """Entry point of the broker process."""
     warnings.simplefilter("ignore")  # about invalid escapes in model text
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Broker(json.loads(sys.argv[1]), socket.socket(fileno=0)).serve()
+    try:
+        Broker(json.loads(sys.argv[1]), socket.socket(fileno=0)).serve()
+    except MemoryError:  # the trainer starts another and says so; a traceback would tell nobody more
+        sys.exit("azr-jax: the executor's broker ran out of memory")
 
 
 class Broker:
@@ -56,9 +61,12 @@ class Broker:
         self._numbers: dict[int, Job] = {}  # the trainer's numbers of open requests
         self._cache: OrderedDict[Request, Verdict] = OrderedDict()  # least recently used first
         self._inbox = self._outbox = b""
+        self._lines: deque[bytes] = deque()  # messages of the trainer not looked at yet
         self._counts: Counter[str] = Counter()
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
         self._events = selectors.EVENT_READ  # what we wait for on the trainer's socket
+        self._flushed = 0.0  # when we last sent
+        self._blocked = False  # whether the trainer's socket took no more then
         self._greeted = False
         self._open = True
 
@@ -67,7 +75,7 @@ class Broker:
         self._selector.register(self._control, self._events, self._receive)
         try:
             while self._open and os.getppid() == self._parent:
-                for key, events in self._selector.select(min(0.5, self._crew.timeout())):
+                for key, events in self._selector.select(self._timeout()):
                     if key.data == self._receive:
                         if events & selectors.EVENT_WRITE:
                             self._flush()
@@ -75,13 +83,23 @@ class Broker:
                             self._receive()
                     else:
                         key.data()
+                for _ in range(min(_MESSAGES_A_TURN, len(self._lines))):
+                    self._obey(json.loads(self._lines.popleft().decode()))
                 self._crew.tick()
                 self._greet()
+                if self._outbox and (not self._crew.busy or time.monotonic() - self._flushed > _COLLECT_SECONDS):
+                    self._flush()
                 self._listen_or_not()
         except CrewFailure as failure:
             self._send({"failed": str(failure)})
         finally:
+            self._flush()
             self._crew.close()
+
+    def _timeout(self) -> float:
+        if self._lines:
+            return 0.0
+        return min(0.5, self._crew.timeout(), _COLLECT_SECONDS if self._outbox and not self._blocked else 1.0)
 
     def _greet(self) -> None:
         """Say once which layers hold, or refuse to work."""
@@ -111,8 +129,7 @@ class Broker:
             self._open = False
             return
         *lines, self._inbox = (self._inbox + data).split(b"\n")
-        for line in lines:
-            self._obey(json.loads(line))
+        self._lines += lines
 
     def _obey(self, message: dict[str, Any]) -> None:
         if "request" in message:
@@ -141,22 +158,23 @@ class Broker:
         job.advance(None)
 
     def _send(self, message: dict[str, Any]) -> None:
-        self._outbox += json.dumps(message).encode() + b"\n"
-        self._flush()
+        self._outbox += json.dumps(message).encode() + b"\n"  # goes out at the end of this turn of the loop
 
     def _flush(self) -> None:
+        self._flushed = time.monotonic()
         try:
             while self._outbox:
                 self._outbox = self._outbox[self._control.send(self._outbox) :]
+            self._blocked = False
         except BlockingIOError:
-            pass
+            self._blocked = True
         except OSError:
             self._open = False
 
     def _listen_or_not(self) -> None:
         """Back-pressure: read new requests only while there are few enough open ones."""
-        events = selectors.EVENT_READ if len(self._jobs) < _MAX_OPEN else 0
-        events |= selectors.EVENT_WRITE if self._outbox else 0
+        events = selectors.EVENT_READ if len(self._jobs) < _MAX_OPEN and not self._lines else 0
+        events |= selectors.EVENT_WRITE if self._blocked else 0
         if events != self._events:
             if self._events:
                 self._selector.unregister(self._control)

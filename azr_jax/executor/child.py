@@ -2,7 +2,7 @@
 
 The child gets a program and argument lists and nothing else: no expected output, no other task. Each input sees the
 program executed afresh in an empty namespace. Each outcome is one frame (length, tag, text), sent as soon as it is
-known, and the last frame says that the child finished; anything less counts as a failure on the other side.
+known, and a last frame says that the child finished; anything less counts as a failure on the other side.
 Whatever arrives there is only this child's claim about its own outputs.
 
 Everything used after the program has run is bound before it runs, since the program may patch what it can reach.
@@ -28,7 +28,8 @@ _UNOFFERED_BUILTINS = ("open", "input", "breakpoint", "help", "exit", "quit", "l
 
 _NAME_OF: Any = vars(type)["__name__"].__get__  # what a metaclass of the program cannot fake
 
-Send = Callable[[bytes, str], None]
+Send = Callable[[bytes, str, bool], None]  # tag, text, whether the child has then finished
+_READ_BYTES = 1 << 15  # most tasks fit
 
 
 def pack_task(program: str, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]], max_chars: int) -> bytes:
@@ -39,97 +40,83 @@ def pack_task(program: str, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 def serve_task() -> None:
     """Read the task from TASK_FD, run it, send the outcomes. To be called in a child after its lock is on."""
-    size = _HEADER.unpack(_read(4))[0]
-    program, inputs, max_chars = marshal.loads(_read(size))
+    data = os.read(TASK_FD, _READ_BYTES)
+    size = _HEADER.size + _HEADER.unpack_from(data)[0]
+    while len(data) < size:
+        more = os.read(TASK_FD, size - len(data))
+        if not more:
+            raise EOFError
+        data += more
+    program, inputs, max_chars = marshal.loads(memoryview(data)[_HEADER.size :])
     run_task(program, inputs, max_chars, _sender())
 
 
 def run_task(program: str, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]], max_chars: int, send: Send) -> None:
-    """Run `program` on each of `inputs`; one frame for each, or a single one if it does not compile, then DONE."""
+    """Run `program` on each of `inputs`; one frame for each, or a single one if it does not compile, then DONE.
+
+    Each frame is sent as soon as it is known, DONE together with the last.
+    """
+    run_once = _runner(max_chars, send)
     try:
         code: Any = compile(program, "<program>", "exec", 0, True)
-    except MemoryError:  # also how the parser reports deep nesting
-        send(SYNTAX, "")
-    except (SyntaxError, ValueError, OverflowError, RecursionError):
-        send(SYNTAX, "")
-    else:
-        for args, kwargs in inputs:
-            _run_once(code, args, kwargs, max_chars, send)
-    send(DONE, "")
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):  # the last: too deeply nested
+        send(SYNTAX, "", True)
+        return
+    last = len(inputs) - 1
+    for index, (args, kwargs) in enumerate(inputs):
+        run_once(code, args, kwargs, index == last)
 
 
-def _run_once(
-    code: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    max_chars: int,
-    send: Send,
-    execute: Any = exec,
-    encode: Any = encode,
-    is_callable: Any = callable,
-    type_of: Any = type,
-    name_of: Any = _NAME_OF,
-    base_exception: Any = BaseException,
-    memory_error: Any = MemoryError,
-    too_large: Any = TooLarge,
-    unsupported: Any = Unsupported,
-    the_builtins: Any = builtins,
-) -> None:
-    namespace = {"__name__": "__main__", "__builtins__": the_builtins}
-    stage = "run"
-    try:
-        execute(code, namespace)
-        function: Any = namespace.get("f")
-        if not is_callable(function):
-            stage = "no function"
-        else:
-            result: Any = function(*args, **kwargs)
-            stage = "encode"
-            text = encode(result, max_chars)
-            stage = "value"
-    except memory_error:
-        stage = "memory"
-    except too_large:
-        stage = stage if stage == "run" else "limit"
-    except unsupported:
-        stage = stage if stage == "run" else "unsupported"
-    except base_exception as error:
-        text = name_of(type_of(error))
-        stage = "error"
-    # Sent outside the try: a failure to send must not look like an outcome of the program.
-    if stage == "value":
-        send(VALUE, text)
-    elif stage == "error":
-        send(ERROR, text[:80])
-    elif stage == "memory":
-        send(MEMORY, "")
-    elif stage == "limit":
-        send(LIMIT, "")
-    elif stage == "unsupported":
-        send(UNSUPPORTED, "")
-    elif stage == "no function":
-        send(NO_FUNCTION, "")
-    else:  # the program raised one of our own exception classes
-        send(ERROR, "Exception")
+def _runner(max_chars: int, send: Send) -> Callable[[Any, tuple[Any, ...], dict[str, Any], bool], None]:
+    """The function that runs a program on one input and sends what came of it.
+
+    What it uses is bound here, before any program runs; in cells rather than default arguments, because a call would
+    touch each of those, and a page touched is a page copied.
+    """
+    execute, is_callable, encoded, the_builtins = exec, callable, encode, builtins
+    type_of, name_of = type, _NAME_OF
+    memory_error, too_large, unsupported, base_exception = MemoryError, TooLarge, Unsupported, BaseException
+
+    def run_once(code: Any, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool) -> None:
+        namespace = {"__name__": "__main__", "__builtins__": the_builtins}
+        tag, text = ERROR, "Exception"  # this is what stays if the program raises an exception class of ours
+        returned = False
+        try:
+            execute(code, namespace)
+            function: Any = namespace.get("f")
+            if not is_callable(function):
+                tag, text = NO_FUNCTION, ""
+            else:
+                result: Any = function(*args, **kwargs)
+                returned = True
+                text = encoded(result, max_chars)
+                tag = VALUE
+        except memory_error:
+            tag, text = MEMORY, ""
+        except too_large:
+            if returned:
+                tag, text = LIMIT, ""
+        except unsupported:
+            if returned:
+                tag, text = UNSUPPORTED, ""
+        except base_exception as error:
+            text = name_of(type_of(error))[:80]
+        # Sent outside the try: a failure to send must not look like an outcome of the program.
+        send(tag, text, last)
+
+    return run_once
 
 
-def _read(size: int) -> bytes:
-    chunks = []
-    while size:
-        chunk = os.read(TASK_FD, size)
-        if not chunk:
-            raise EOFError
-        chunks.append(chunk)
-        size -= len(chunk)
-    return b"".join(chunks)
+def _sender() -> Send:
+    write, pack, length, done = os.write, _HEADER.pack, len, _HEADER.pack(1) + DONE
 
-
-def _sender(write: Any = os.write, pack: Any = _HEADER.pack, length: Any = len, descriptor: int = TASK_FD) -> Send:
-    def send(tag: bytes, text: str) -> None:
+    def send(tag: bytes, text: str, last: bool) -> None:
         body = tag + text.encode("utf-8", "backslashreplace")
         message = pack(length(body)) + body
+        if last:
+            message += done
         while message:
-            message = message[write(descriptor, message) :]
+            message = message[write(TASK_FD, message) :]
 
     return send
 

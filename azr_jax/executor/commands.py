@@ -88,7 +88,7 @@ class _Conversation:
         while not self._ended or self._pool.pending:
             reading = not self._ended and self._pool.pending < _MAX_PENDING
             sources: list[Any] = [self._pool, *([self._descriptor] if reading else [])]
-            readable, _, _ = select.select(sources, [self._pool] if self._pool.unsent else [], [], None)
+            readable, _, _ = select.select(sources, [], [])
             if self._descriptor in readable:
                 self._read()
             for verdict in self._pool.poll():

@@ -13,7 +13,6 @@ import math
 import os
 import selectors
 import signal
-import socket
 import time
 from collections import OrderedDict, deque
 from itertools import islice
@@ -21,12 +20,11 @@ from itertools import islice
 from azr_jax.executor import child as child_side
 from azr_jax.executor.runs import Limits, Outcome, Run, read_outcome
 from azr_jax.executor.sharing import shareable
-from azr_jax.executor.worker import ChildProcess, Worker
+from azr_jax.executor.worker import ChildProcess, Worker, task_sockets
 from azr_jax.executor.zygote import FORK_FAILED, PID
 
 SEEDS = 8  #: workers with hash seeds of their own that a suspicious program can be run on
 _PATIENCE = 0.1  # seconds after which a child counts as slow
-_STARVED_SHARE = 0.05  # of the wall time: a child that got less CPU than this sleeps, one that got more is starved
 _STARVED_EXTENSION = 10  # times the wall limit that a starved child may take
 _MAX_TOGETHER = 16  # runs in one child
 _LOOK_AHEAD = 64  # groups looked at while the first ones wait for a worker to start
@@ -34,7 +32,8 @@ _RECYCLE_FORKS = 5000
 _RECYCLE_MB = 200.0  # a worker holds about 20
 _START_SECONDS = 30.0  # for a worker to say that it is ready
 _MAX_FAILED_STARTS = 5  # in a row, then we give up
-_RENICE = 10
+_RENICE = 10  # below ours
+_LOWEST_PRIORITY = 19
 _DROPPED = Outcome("infra", reason="dropped")  # nobody waits for it
 
 
@@ -54,7 +53,7 @@ class Crew:
         self._limits = limits
         self._selector = selector
         self._size = max(2, size)  # agreement between runs needs two hash seeds, however few cores there are
-        self._slots = 2 * size  # one runs while the broker reads the last one's result
+        self._slots = max(2 * size, min(4 * size, max_children))  # with fewer, cores idle while we read results
         self._max_children = max(self._slots, max_children)
         self._queues: tuple[OrderedDict[object, deque[Run]], ...] = (OrderedDict(), OrderedDict())  # urgent, other
         self._alarms: list[tuple[float, int]] = []  # heap of (time, number of a child)
@@ -96,6 +95,11 @@ class Crew:
     def queued(self) -> int:
         """Runs that wait for a worker."""
         return sum(len(group) for queue in self._queues for group in queue.values())
+
+    @property
+    def busy(self) -> bool:
+        """Whether runs wait for a worker."""
+        return any(self._queues)
 
     @property
     def in_flight(self) -> int:
@@ -238,11 +242,10 @@ class Crew:
     def _start(self, worker: Worker, runs: list[Run]) -> None:
         self._number = (self._number + 1) % 2**32
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = task_sockets()
         except OSError:  # out of descriptors
             self._split_or_fault(runs)
             return
-        ours.setblocking(False)
         cpu_cap = math.ceil(self._limits.cpu_seconds * len(runs)) + 1  # a backstop; `_inspect` is exact
         child = ChildProcess(self._number, worker, runs, ours, self._limits.output_chars, cpu_cap)
         task = child_side.pack_task(runs[0].program, [run.arguments for run in runs], self._limits.output_chars)
@@ -294,7 +297,8 @@ class Crew:
     def _slow_down(self, child: ChildProcess) -> None:
         """Now that the pid is known: lower its priority, look at its CPU clock from here on."""
         try:
-            os.setpriority(os.PRIO_PROCESS, child.pid, _RENICE)
+            lower = os.getpriority(os.PRIO_PROCESS, 0) + _RENICE
+            os.setpriority(os.PRIO_PROCESS, child.pid, min(lower, _LOWEST_PRIORITY))
         except OSError:  # it just ended
             pass
         self._inspect(child, time.monotonic())
@@ -309,20 +313,18 @@ class Crew:
             self._slow += 1
             child.worker.ask_pid(child)
         wall = now - child.progress
-        if not child.pid:
+        total = child.cpu_seconds()
+        if total is None:  # not known yet, or the child has ended and its report is on its way, or not Linux
             if wall > limits.wall_seconds:
                 self._kill(child, "wall")
             else:
                 heapq.heappush(self._alarms, (now + limits.wall_seconds / 4, child.number))
             return
-        total = child.cpu_seconds()
-        if total is None:  # it has ended; the report is on its way
-            return
         cpu = total - child.cpu_before
-        starved = cpu > _STARVED_SHARE * wall
+        patience = limits.wall_seconds * _STARVED_EXTENSION
         if cpu >= limits.cpu_seconds:
             self._kill(child, "cpu")
-        elif wall >= limits.wall_seconds * (_STARVED_EXTENSION if starved else 1):
+        elif wall >= limits.wall_seconds and (child.asleep(cpu, wall) or wall >= patience):
             self._kill(child, "wall")
         else:
             # One thread cannot use more CPU time than wall time passes.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from azr_jax.executor.protocol import Request, Verdict
 from azr_jax.executor.runs import Outcome
-from azr_jax.executor.sharing import SUSPICIOUS_RUNS, mentions_address, shareable, suspicious
+from azr_jax.executor.sharing import shareable
+from azr_jax.executor.suspicion import SUSPECT_RUNS, holds_set, mentions_address, suspicious
 from azr_jax.executor.values import Arguments, comparison_key, parse_arguments, parse_value
 
 MAX_PROGRAM = 32_768  #: characters of a program
@@ -74,8 +75,9 @@ def _validate(request: Request, runs: int, reject: Callable[[str], str | None]) 
     if first.status != "ok":
         return first
     keys = [comparison_key(outcome.value) for outcome in outcomes if outcome is not None]
-    if suspicious(request.program) or any(mentions_address(text) for text in (first.output, *first.outputs)):
-        runs = max(runs, SUSPICIOUS_RUNS)
+    shows_address = any(mentions_address(text) for text in (first.output, *first.outputs))
+    if shows_address or holds_set([*inputs]) or suspicious(request.program):
+        runs = max(runs, SUSPECT_RUNS)
     # Backwards, so that what one input leaves behind meets the others in another order.
     differs = _differs([*reversed(keys)])
     again = yield [Ask(request.program, inputs[::-1], used[::-1], differs) for _ in range(runs - 1)]
@@ -118,7 +120,7 @@ def _abduction(request: Request, numeric: str) -> Flow:
     if outcome is None or outcome.status == "infra":
         return _failure(request, outcome)
     if outcome.status != "ok":
-        return Verdict(request.id, "ok", error_type=outcome.error_type, reason=outcome.status)
+        return Verdict(request.id, "ok", error_type=outcome.error_type, reason=_why_wrong(outcome))
     correct = comparison_key(outcome.value, numeric) == gold
     return Verdict(request.id, "ok", correct=correct, reason="" if correct else "different_value")
 
@@ -135,27 +137,42 @@ def _induction(request: Request, numeric: str) -> Flow:
     total = len(golds)
     if len(request.answer) > MAX_PROGRAM:
         return Verdict(request.id, "ok", total=total, reason="too_long")
-    timeouts = 0
+    known: list[Outcome | None] = [None] * total
 
-    def hopeless(index: int, outcome: Outcome) -> bool:
-        nonlocal timeouts
-        timeouts += outcome.status == "timeout"
-        return timeouts >= _MAX_TIMEOUTS or outcome.status in ("syntax_error", "rejected", "infra")
+    def decided(index: int, outcome: Outcome) -> bool:
+        known[index] = outcome
+        return outcome.status in ("syntax_error", "rejected", "infra") or _tried(known) < total
 
-    (outcomes,) = yield [Ask(request.answer, inputs, stop=hopeless)]
+    (outcomes,) = yield [Ask(request.answer, inputs, stop=decided)]
     fault = next((outcome for outcome in outcomes if outcome is not None and outcome.status == "infra"), None)
     if fault is not None:
         return _failure(request, fault)
     passed = 0
     reason = error_type = ""
-    for outcome, gold in zip(outcomes, golds, strict=True):
+    for outcome, gold in list(zip(outcomes, golds, strict=True))[: _tried(outcomes)]:
         if outcome is not None and outcome.status == "ok" and comparison_key(outcome.value, numeric) == gold:
             passed += 1
         elif outcome is not None and not reason:
-            reason = "different_value" if outcome.status == "ok" else outcome.status
+            reason = _why_wrong(outcome)
             error_type = outcome.error_type
     correct = passed == total
     return Verdict(request.id, "ok", correct=correct, passed=passed, total=total, error_type=error_type, reason=reason)
+
+
+def _tried(outcomes: Outcomes) -> int:
+    """How many pairs count as tried: all, or those up to the last timeout allowed, in the order of the pairs.
+
+    Later ones may have been run beside them, but whether they were must not show. Nothing is decided before every pair
+    up to there is known.
+    """
+    timeouts = 0
+    for index, outcome in enumerate(outcomes):
+        if outcome is None:
+            break
+        timeouts += outcome.status == "timeout"
+        if timeouts == _MAX_TIMEOUTS:
+            return index + 1
+    return len(outcomes)
 
 
 def _inputs(request: Request) -> tuple[list[Arguments], str]:
@@ -169,6 +186,13 @@ def _inputs(request: Request) -> tuple[list[Arguments], str]:
         return [parse_arguments(text) for text in texts], ""
     except ValueError:
         return [], "bad_input"
+
+
+def _why_wrong(outcome: Outcome) -> str:
+    """The reason code of an answer whose run came to this."""
+    if outcome.status == "ok":
+        return "different_value"
+    return outcome.reason if outcome.status == "rejected" else outcome.status
 
 
 def _not_ok(index: int, outcome: Outcome) -> bool:

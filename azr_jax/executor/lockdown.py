@@ -8,7 +8,7 @@ Namespaces, cgroups and chroot are not used: they need rights that containers an
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import mmap
 import os
 import resource
@@ -17,6 +17,11 @@ import sys
 from collections.abc import Callable
 
 from azr_jax.executor.seccomp import filter_program
+
+try:
+    import ctypes
+except ImportError:  # a Python built without libffi cannot make the system calls that `os` lacks
+    ctypes = None  # type: ignore[assignment]
 
 TASK_FD = 3  #: the one descriptor a child keeps
 NOBODY = 65534  #: the user that a worker started by root becomes
@@ -36,43 +41,55 @@ def lock_worker(memory_bytes: int) -> dict[str, bool]:
 
     `memory_bytes` is address space for a run, on top of what the worker itself has mapped by now.
     """
-    if sys.platform != "linux":
-        return {"unprivileged_user": _drop_user(), "rlimits": _limit(memory_bytes)}
-    libc = ctypes.CDLL(None, use_errno=True)
-    _go_first_when_memory_ends()
-    _blank_clock_page(libc)
+    libc = _c_library()
+    if libc is not None:
+        _go_first_when_memory_ends()
+        _blank_clock_page(libc)
     return {
         "unprivileged_user": _drop_user(),
         "rlimits": _limit(memory_bytes),
-        "not_dumpable": libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0,
-        "no_new_privs": libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0,
-        "landlock": _landlock(libc),
+        "not_dumpable": libc is not None and libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0,
+        "no_new_privs": libc is not None and libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0,
+        "landlock": libc is not None and _landlock(libc),
     }
 
 
 def die_with_parent() -> bool:
     """Ask the kernel to kill this process when its parent goes."""
-    return sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0) == 0
+    libc = _c_library()
+    return libc is not None and libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0) == 0
+
+
+def filter_refusal() -> str:
+    """Why children can get no system-call filter here; "" if they can. Changes nothing.
+
+    Linux is offered a filter at address 0: if it takes filters at all, it says that it cannot read this one (EFAULT).
+    """
+    libc = _c_library()
+    if libc is None:
+        return "not Linux" if sys.platform != "linux" else "this Python has no ctypes"
+    if filter_program(TASK_FD) is None:
+        return f"no table of system calls for {os.uname().machine}"
+    libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, None, 0, 0)
+    answer = ctypes.get_errno()
+    return "" if answer == errno.EFAULT else f"the kernel or the container takes no filters: {os.strerror(answer)}"
 
 
 def child_lock() -> Callable[[int, int, int], None]:
     """Build the function a child calls first, with everything it needs prepared in the worker.
 
     The function takes (descriptor of the task, CPU limit in whole seconds, pid of the worker); afterwards the
-    process has the one descriptor TASK_FD and may only compute. It raises OSError if a step fails.
+    process has the one descriptor TASK_FD and may only compute. It raises OSError if a step fails. Where filters are
+    refused altogether (`filter_refusal`) there is none: whether anything may run then is not decided here.
     """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
-    code = filter_program(TASK_FD)
-    buffer = ctypes.create_string_buffer(code) if code else None
-    # struct sock_fprog { unsigned short len; struct sock_filter *filter; }
-    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer)) if code and buffer else b""
-    program_buffer = ctypes.create_string_buffer(program)
-    address = ctypes.c_void_p(ctypes.addressof(program_buffer))  # a plain int would be cut to 32 bits
+    libc = _c_library()
+    prctl = libc.prctl if libc else None
+    program = None if filter_refusal() else _filter_in_memory()
     setrlimit, cpu = resource.setrlimit, resource.RLIMIT_CPU
     processes, files = resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE
 
-    def lock(task_fd: int, cpu_seconds: int, worker_pid: int, _keep: object = (buffer, program_buffer)) -> None:
-        os.setsid()
+    def lock(task_fd: int, cpu_seconds: int, worker_pid: int) -> None:
+        os.setpgid(0, 0)  # the worker's session has no terminal; one of its own would defeat `setpriority`
         if task_fd != TASK_FD:
             os.dup2(task_fd, TASK_FD)
         os.closerange(0, TASK_FD)
@@ -85,10 +102,24 @@ def child_lock() -> Callable[[int, int, int], None]:
         prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
         if os.getppid() != worker_pid:
             os._exit(1)  # the worker died before the line above: nobody would kill us
-        if program and prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, address, 0, 0) != 0:
+        if program and prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "seccomp")
 
     return lock
+
+
+def _c_library() -> ctypes.CDLL | None:
+    """The C library of a Linux process; None elsewhere, or where this Python cannot call it."""
+    return ctypes.CDLL(None, use_errno=True) if ctypes is not None and sys.platform == "linux" else None
+
+
+def _filter_in_memory() -> ctypes.Array[ctypes.c_char]:
+    """`struct sock_fprog { unsigned short len; struct sock_filter *filter; }`, the filter right behind it."""
+    code = filter_program(TASK_FD) or b""
+    size = struct.calcsize("@HP")
+    memory = ctypes.create_string_buffer(size + len(code))
+    memory.raw = struct.pack("@HP", len(code) // 8, ctypes.addressof(memory) + size) + code
+    return memory
 
 
 def _drop_user() -> bool:
@@ -96,9 +127,9 @@ def _drop_user() -> bool:
     if os.geteuid() == 0:
         try:
             os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-        except (OSError, AttributeError):  # no such right in this container, or not Linux
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)  # for root: the real, the effective and the saved one
+        except OSError:  # no such right, or no such user, in this container
             return False
     return os.geteuid() != 0
 
@@ -115,14 +146,15 @@ def _limit(memory_bytes: int) -> bool:
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_STACK: stack,
     }
-    try:
-        for which, limit in wanted.items():
-            hard = resource.getrlimit(which)[1]
-            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    held = True
+    for which, limit in wanted.items():
+        hard = resource.getrlimit(which)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        try:
             resource.setrlimit(which, (limit, limit))
-        return resource.getrlimit(resource.RLIMIT_AS)[1] <= space
-    except (OSError, ValueError):
-        return False
+        except (OSError, ValueError):  # macOS: more is mapped already
+            held = False
+    return held and resource.getrlimit(resource.RLIMIT_AS)[1] <= space
 
 
 def _mapped_bytes() -> int:

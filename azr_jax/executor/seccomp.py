@@ -8,7 +8,7 @@ Tables for x86-64 and aarch64; on another machine there is no filter (`filter_pr
 from __future__ import annotations
 
 import errno
-import platform
+import os
 import struct
 import sys
 from typing import NamedTuple
@@ -38,9 +38,9 @@ _PROT_EXEC = 4
 
 def filter_program(task_fd: int, machine: str = "") -> bytes | None:
     """`struct sock_filter[]` for this (or the named) machine; None where we have no table of call numbers."""
-    table = _MACHINES.get(machine or platform.machine())
-    if table is None or sys.platform != "linux" or sys.byteorder != "little":
-        return None
+    table = _MACHINES.get(machine or os.uname().machine)
+    if table is None or sys.platform != "linux" or sys.byteorder != "little" or sys.maxsize < 2**32:
+        return None  # a 32-bit process on a 64-bit kernel has other numbers, too
     code = [_op(_LOAD, _ARCH), _op(_JUMP_EQUAL, table.audit_arch, 1, 0), _op(_RETURN, _KILL), _op(_LOAD, _NUMBER)]
     code += [_op(_JUMP_AT_LEAST, _X32_BIT, 0, 1), _op(_RETURN, _KILL)]
     for number in table.free:

@@ -1,8 +1,7 @@
-"""Two questions about a program's text that decide how it is run, never whether it is safe or valid.
+"""A question about a program's text that decides how it is run, never whether it is safe or valid.
 
 `shareable`: may several inputs be run one after another in one child? Each gets a fresh namespace, so only what lives
 outside it could leak: imported modules and builtins. The test is conservative; refusing costs time, not correctness.
-`suspicious`: could its result depend on hash order or addresses, so that two runs agree by luck too often?
 """
 
 from __future__ import annotations
@@ -19,11 +18,6 @@ _POWERFUL_NAMES = frozenset(
     "super type vars".split()
 )
 _FRAME_ATTRIBUTES = ("gi_", "cr_", "ag_", "tb_", "f_", "co_")
-_SET_METHODS = frozenset({"difference", "intersection", "symmetric_difference", "union"})
-_ORDER_NAMES = frozenset({"ascii", "frozenset", "hash", "id", "iter", "map", "object", "repr", "set", "zip", "filter"})
-_ADDRESS_HINT = " at 0x"
-
-SUSPICIOUS_RUNS = 8  #: runs that a suspicious program must survive; a coin passes with 2**-(runs - 1)
 
 
 @functools.lru_cache(maxsize=512)
@@ -49,37 +43,6 @@ def shareable(program: str) -> bool:
 def _changes_attributes(tree: ast.AST) -> bool:
     """Whether an attribute of anything is assigned or deleted: with imports around, it might be a module's."""
     return any(isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) for node in ast.walk(tree))
-
-
-@functools.lru_cache(maxsize=512)
-def suspicious(program: str) -> bool:
-    """Whether the program mentions sets, hashes, ids or the text of objects. Never raises."""
-    tree = _parse(program)
-    if tree is None:
-        return True
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Set | ast.SetComp | ast.ClassDef | ast.Lambda | ast.GeneratorExp):
-            if isinstance(node, ast.Set | ast.SetComp | ast.ClassDef):
-                return True
-        elif isinstance(node, ast.Name) and (node.id in _ORDER_NAMES or node.id.startswith("__")):
-            return True
-        elif isinstance(node, ast.Attribute) and (node.attr in _SET_METHODS or node.attr.startswith("__")):
-            return True
-        elif isinstance(node, ast.BinOp) and _is_view(node.left):
-            return True
-        elif isinstance(node, ast.FormattedValue) and node.conversion in (ord("r"), ord("a")):
-            return True
-    return False
-
-
-def mentions_address(text: str) -> bool:
-    """Whether an output looks like the default text of an object."""
-    return _ADDRESS_HINT in text
-
-
-def _is_view(node: ast.expr) -> bool:
-    """`d.keys()` or `d.items()`: their operators build sets."""
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("keys", "items")
 
 
 def _parse(program: str) -> ast.Module | None:

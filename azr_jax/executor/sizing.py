@@ -9,6 +9,7 @@ from pathlib import Path
 
 _JAX_SHARE = 0.15  # of the cores is left to JAX's host threads, at least _JAX_CORES
 _JAX_CORES = 2
+WORKERS_PER_BROKER = 8  #: one core's worth of broker can feed about this many (docs/executor.md, "Many cores")
 _MEMORY_SHARE = 0.5  # of the machine's memory that all children together could take
 
 
@@ -60,6 +61,12 @@ def default_workers(beside_jax: bool = True) -> int:
     """Workers for `executor.workers: 0`: the usable cores less those JAX needs, at least one."""
     cores = usable_cores()
     return max(1, cores - max(_JAX_CORES, math.ceil(_JAX_SHARE * cores))) if beside_jax else cores
+
+
+def broker_shares(workers: int) -> list[int]:
+    """Workers of each broker: as few brokers as keep each at WORKERS_PER_BROKER or less, shared out evenly."""
+    brokers = math.ceil(workers / WORKERS_PER_BROKER)
+    return [workers // brokers + (number < workers % brokers) for number in range(brokers)]
 
 
 def max_children(workers: int, memory_mb: int) -> int:

@@ -18,6 +18,8 @@ from azr_jax.executor.zygote import COMMAND, FORK, KILL, REPORT, TELL
 
 _ROOT = str(Path(__file__).parents[2])
 _MAX_HASH_SEED = 2**32 - 1
+_SOCKET_BYTES = 1 << 19
+_SLEEPER_SHARE = 0.05  # of the wall time
 
 
 def start_python(module: str, arguments: list[str], control: socket.socket, quiet: bool) -> subprocess.Popen[bytes]:
@@ -76,11 +78,32 @@ class ChildProcess:
         return len(self.reply.frames) > seen
 
     def cpu_seconds(self) -> float | None:
-        """CPU time of the process so far; None if it is gone."""
+        """CPU time of the process so far; None if its pid is not known, it is gone, or this system does not tell."""
+        if not self.pid:
+            return None
         try:
             return time.clock_gettime((~self.pid << 3) | 2)  # CPU clock of another process (man clock_getcpuclockid)
         except OSError:
             return None
+
+    def asleep(self, cpu: float, wall: float) -> bool:
+        """Whether it waits for what will not come, rather than for its turn on a busy processor; given its times."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2][:1] == b"S"
+        except OSError:  # no /proc: then one that had hardly any time is taken to sleep
+            return cpu < _SLEEPER_SHARE * wall
+
+
+def task_sockets() -> tuple[socket.socket, socket.socket]:
+    """Our end, which never blocks, and the child's; a task, and a result, must fit in whole. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    if sys.platform != "linux":  # where it is far more by default, here 8 KB
+        for end in (ours, theirs):
+            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, buffer, _SOCKET_BYTES)
+    return ours, theirs
 
 
 class Worker:

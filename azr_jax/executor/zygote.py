@@ -15,7 +15,6 @@ import gc
 import importlib
 import json
 import os
-import select
 import signal
 import socket
 import struct
@@ -25,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from azr_jax.executor import breakout, child, lockdown
+from azr_jax.executor import breakout, child, heap, lockdown
 
 COMMAND = struct.Struct("=cII")  #: what to do (FORK, KILL, TELL), number of the run, CPU limit in whole seconds
 REPORT = struct.Struct("=IiII")  #: number of the run, wait status, CPU time in microseconds, peak RSS in KB
@@ -42,7 +41,7 @@ OFFERED = (
 _CODECS = (
     "ascii us-ascii latin-1 latin1 iso-8859-1 iso8859-1 cp1252 windows-1252 cp437 utf-8 utf8 utf-8-sig utf-16 utf16 "
     "utf-16-le utf-16-be utf-32 utf32 utf-32-le utf-32-be utf-7 unicode-escape raw-unicode-escape rot13 rot_13 hex "
-    "base64 idna punycode"
+    "base64 punycode"
 ).split()
 _WARM_UP_ROUNDS = 64
 _WARM_UP_PROGRAM = """
@@ -67,19 +66,24 @@ def main() -> None:
     padding = [_pad(seed)]
     _import_offered()
     padding.append(_pad(seed + 1))
+    _warm_up()
+    padding.append(_pad(seed + 2))
+    gc.collect()
+    padding.append(heap.settle())  # while /proc can still be read
     lock = lockdown.child_lock()
     layers = lockdown.lock_worker(int(sys.argv[1]))
     layers["parent_death_signal"] = lockdown.die_with_parent()
     os.environ.clear()
     child.offer_modules(OFFERED)
     _warm_up()
-    padding.append(_pad(seed + 2))
     gc.collect()
     gc.freeze()
     escapes = _self_test(lock)
-    layers["no_clock"] = breakout.CLOCK not in escapes
-    fault = ", ".join(name for name in escapes if name != breakout.CLOCK)
-    layers["seccomp"] = not fault
+    refusal = lockdown.filter_refusal()
+    layers |= {"seccomp": not refusal, "no_clock": True}
+    for name in escapes:
+        layers[breakout.OTHER_LAYERS.get(name, "seccomp")] = False
+    fault = refusal or ", ".join(name for name in escapes if name != breakout.CLOCK)
     control.sendall(json.dumps({"layers": layers, "fault": fault}).encode() + b"\n")
     _serve(control, lock)
     del padding
@@ -102,7 +106,7 @@ def _warm_up() -> None:
     """Run what every child runs, until specialised code, caches and free lists are as a child will need them."""
     sink: list[bytes] = []
 
-    def send(tag: bytes, text: str) -> None:
+    def send(tag: bytes, text: str, last: bool) -> None:
         sink.append(tag + text.encode())
 
     for _ in range(_WARM_UP_ROUNDS):
@@ -146,56 +150,70 @@ def _self_test(lock: Callable[[int, int, int], None]) -> list[str]:
 
 
 def _serve(control: socket.socket, lock: Callable[[int, int, int], None]) -> None:
-    """Fork, kill and reap until the control socket closes."""
+    """Fork, kill and reap until the control socket closes.
+
+    Children are reaped in the handler of SIGCHLD, which interrupts the wait for the next command: there is nothing else
+    to wait for, and a run takes few calls.
+    """
     running: dict[int, int] = {}  # pid -> number of the run
-    wake, waker = os.pipe()
-    os.set_blocking(waker, False)
-    os.set_blocking(wake, False)
-    signal.signal(signal.SIGCHLD, _ignore)
-    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-    poll = select.poll()
-    poll.register(0, select.POLLIN)
-    poll.register(wake, select.POLLIN)
+    early: dict[int, tuple[int, Any]] = {}  # what ended before it was in `running`
     worker = os.getpid()
-    while True:
-        for descriptor, _ in poll.poll():
-            if descriptor == wake:
-                os.read(wake, 4096)
-            elif not _obey(control, lock, running, worker):
+
+    def reap(signum: int, frame: Any) -> None:
+        try:
+            while True:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if pid in running:
+                    _report(control, running.pop(pid), status, usage)
+                else:
+                    early[pid] = status, usage
+        except ChildProcessError:  # none left
+            return
+
+    signal.signal(signal.SIGCHLD, reap)
+    try:
+        while True:
+            message, ancillary, _, _ = control.recvmsg(COMMAND.size, 64)
+            if len(message) < COMMAND.size:
                 return
-        _reap(control, running)
-
-
-def _ignore(signum: int, frame: Any) -> None:
-    """A handler must exist for the wake-up descriptor to be written."""
-
-
-def _obey(control: socket.socket, lock: Callable[[int, int, int], None], running: dict[int, int], worker: int) -> bool:
-    """Carry out one command; False at the end of the control socket, which takes the children along."""
-    message, ancillary, _, _ = control.recvmsg(COMMAND.size, 64)
-    if len(message) < COMMAND.size:
+            what, number, cpu_seconds = COMMAND.unpack(message)
+            if what != FORK:
+                _look_up(control, what, number, running)
+                continue
+            task_fd = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+            try:
+                pid = os.fork()
+            except OSError:
+                control.sendall(REPORT.pack(number, FORK_FAILED, 0, 0))
+            else:
+                if pid == 0:
+                    _become_child(lock, task_fd, cpu_seconds, worker)
+                running[pid] = number
+                if pid in early:
+                    _report(control, running.pop(pid), *early.pop(pid))
+            os.close(task_fd)
+    finally:  # the broker is gone, and takes the children along
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         for pid in running:
             _kill(pid)
-        return False
-    what, number, cpu_seconds = COMMAND.unpack(message)
-    if what != FORK:
-        for pid, run in running.items():
-            if run == number and what == KILL:
-                _kill(pid)
-            elif run == number:
-                control.sendall(REPORT.pack(number, PID, pid, 0))
-        return True
-    task_fd = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-    try:
-        pid = os.fork()
-    except OSError:
-        control.sendall(REPORT.pack(number, FORK_FAILED, 0, 0))
-    else:
-        if pid == 0:
-            _become_child(lock, task_fd, cpu_seconds, worker)
-        running[pid] = number
-    os.close(task_fd)
-    return True
+
+
+def _report(control: socket.socket, number: int, status: int, usage: Any) -> None:
+    cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
+    control.sendall(REPORT.pack(number, status, cpu, usage.ru_maxrss))
+
+
+def _look_up(control: socket.socket, what: bytes, number: int, running: dict[int, int]) -> None:
+    """Kill a child, or tell its pid, by the number of its run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # nothing is reaped meanwhile, so the pid stays its own
+    for pid, run in running.items():
+        if run == number and what == KILL:
+            _kill(pid)
+        elif run == number:
+            control.sendall(REPORT.pack(number, PID, pid, 0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
 
 def _become_child(lock: Callable[[int, int, int], None], task_fd: int, cpu_seconds: int, worker: int) -> None:
@@ -214,17 +232,8 @@ def _kill(pid: int) -> None:
     """Kill an unreaped child and, should it have made any, its process group."""
     try:
         os.killpg(pid, signal.SIGKILL)
-    except OSError:  # it has not reached setsid yet
+    except OSError:  # it is not in a group of its own yet
         os.kill(pid, signal.SIGKILL)
-
-
-def _reap(control: socket.socket, running: dict[int, int]) -> None:
-    while running:
-        pid, status, usage = os.wait4(-1, os.WNOHANG)
-        if pid == 0:
-            return
-        cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
-        control.sendall(REPORT.pack(running.pop(pid), status, cpu, usage.ru_maxrss))
 
 
 def floor(seconds: float, program: str) -> None:
@@ -234,6 +243,7 @@ def floor(seconds: float, program: str) -> None:
     _import_offered()
     _warm_up()
     gc.collect()
+    settled = heap.settle()
     gc.freeze()
     done, start = 0, time.monotonic()
     while time.monotonic() - start < seconds:
@@ -245,5 +255,6 @@ def floor(seconds: float, program: str) -> None:
             os._exit(0)
         os.waitpid(pid, 0)
         done += 1
+    del settled
     sys.stdout.write(json.dumps(done / (time.monotonic() - start)))
     sys.stdout.flush()

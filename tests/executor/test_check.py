@@ -92,7 +92,7 @@ def test_what_a_dead_broker_had_in_work_is_sent_to_the_next_without_further_inpu
     class Doomed(ExecutorPool):
         def submit(self, requests):
             if requests:
-                os.kill(self.broker_pid, signal.SIGKILL)
+                os.kill(self.broker_pids[0], signal.SIGKILL)
             super().submit(requests)
 
     monkeypatch.setattr(commands, "ExecutorPool", Doomed)

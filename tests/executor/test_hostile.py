@@ -13,16 +13,23 @@ from tests.executor.corpus import CASES
 PLAIN = Request("plain", "run", program="def f(x):\n    return sorted({str(x), 'a'})", input="7")
 
 
-def descendants(pid: int) -> set[int]:
-    """Pids of all processes below `pid`."""
+def families() -> dict[int, list[int]]:
+    """Pid -> pids of its children, for all processes."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
             except OSError:
                 continue
-            children.setdefault(parent, []).append(int(entry.name))
+            if (state, parent) != ("Z", "1"):  # the first process inherits these; in a container that may be pytest
+                children.setdefault(int(parent), []).append(int(entry.name))
+    return children
+
+
+def descendants(pid: int) -> set[int]:
+    """Pids of all processes below `pid`."""
+    children = families()
     found: set[int] = set()
     todo = [pid]
     while todo:

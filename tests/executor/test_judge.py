@@ -144,3 +144,13 @@ def test_numeric_python_is_pythons_own_equality():
         ]
         requests = [Request("", "judge", "deduction", output=a, answer=b) for a, b in pairs]
         assert [verdict.correct for verdict in pool.run_all(requests)] == [True] * 5 + [False]
+
+
+def test_induction_counts_up_to_the_second_timeout_in_the_order_of_the_pairs(pool):
+    """Which pairs were run beside each other, and which ended first, must not show."""
+    pairs = tuple((str(n), str(n)) for n in range(40))
+    for hangs, passed in (("(1, 30)", 29), ("(3, 1)", 2), ("(39,)", 39)):
+        answer = f"def f(x):\n    while x in {hangs}: pass\n    return x"
+        (verdict,) = pool.run_all([Request("1", "judge", "induction", pairs=pairs, answer=answer)])
+        assert (verdict.status, verdict.correct, verdict.reason) == ("ok", False, "timeout")
+        assert (verdict.passed, verdict.total) == (passed, 40)

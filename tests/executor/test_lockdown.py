@@ -111,7 +111,7 @@ def test_a_missing_mandatory_layer_is_refused_unless_allowed(monkeypatch):
 
 
 def test_refusal_reaches_the_user_as_one_line(monkeypatch):
-    monkeypatch.setattr("azr_jax.executor.pool.start_python", _fake_broker)
+    monkeypatch.setattr("azr_jax.executor.link.start_python", _fake_broker)
     with pytest.raises(UserError, match="seccomp.*allow_weaker_sandbox") as caught:
         ExecutorPool(ExecutorConfig(workers=1))
     assert "\n" not in str(caught.value)

@@ -14,8 +14,9 @@ import pytest
 from azr_jax.config import ExecutorConfig
 from azr_jax.errors import UserError
 from azr_jax.executor import ExecutorPool, Request
+from azr_jax.executor.sizing import broker_shares
 from tests.executor.conftest import CONFIG
-from tests.executor.test_hostile import descendants
+from tests.executor.test_hostile import descendants, families
 
 ROOT = Path(__file__).parents[2]
 SPIN = "def f(x):\n    while True: pass"
@@ -52,7 +53,9 @@ def test_inputs_of_one_program_share_children(pool):
     before = pool.stats()["children"]
     requests = [Request(str(n), "run", program="def f(x):\n    return x - 5", input=str(n)) for n in range(64)]
     assert [verdict.output for verdict in pool.run_all(requests)] == [str(n - 5) for n in range(64)]
-    assert pool.stats()["children"] - before <= 8
+    assert (
+        pool.stats()["children"] - before < 32
+    )  # fewer the faster the machine: runs are handed over while more come in
 
 
 def test_a_bad_input_does_not_spoil_its_company(pool):
@@ -117,8 +120,7 @@ def test_loops_in_flight_leave_the_rest_quick(pool):
 
 def workers_of(pool):
     """Pids of the worker processes: the broker's children."""
-    broker = pool._process.pid
-    return [int(pid) for pid in Path(f"/proc/{broker}/task/{broker}/children").read_text().split()]
+    return families().get(pool.broker_pids[0], [])
 
 
 def test_dead_workers_are_replaced():
@@ -141,7 +143,7 @@ def test_a_dead_broker_is_replaced_and_its_requests_repeated():
     with ExecutorPool(CONFIG) as pool:
         before = descendants(os.getpid())
         pool.submit([plain(number) for number in range(20)])
-        os.kill(pool._process.pid, signal.SIGKILL)
+        os.kill(pool.broker_pids[0], signal.SIGKILL)
         verdicts = []
         while pool.pending:
             verdicts += pool.poll(20.0)
@@ -155,10 +157,74 @@ def test_a_broker_that_keeps_dying_ends_in_a_clear_error(monkeypatch):
         monkeypatch.setattr("azr_jax.executor.pool.time.sleep", lambda seconds: None)
         with pytest.raises(UserError, match="keeps dying"):
             for _ in range(10):
-                os.kill(pool._process.pid, signal.SIGKILL)
-                pool._process.wait()
+                os.kill(pool.broker_pids[0], signal.SIGKILL)
+                pool._links[0].process.wait()
                 pool.poll(1.0)
                 pool.submit([])
+
+
+@pytest.fixture
+def two_brokers(monkeypatch):
+    monkeypatch.setattr("azr_jax.executor.sizing.WORKERS_PER_BROKER", 1)
+    with ExecutorPool(CONFIG) as pool:
+        assert len(pool.broker_pids) == 2
+        yield pool
+
+
+def test_brokers_share_the_work_by_program(two_brokers):
+    requests = [plain(number % 40) for number in range(80)]
+    assert [v.output for v in two_brokers.run_all(requests)] == [str(number % 40 + 1) for number in range(80)]
+    stats = two_brokers.stats()
+    assert stats["requests"] == 80 and stats["duplicates"] == 40, "equal requests meet, whichever broker has them"
+    assert stats["children"] == 40 and stats["workers"] == 4
+    assert all(link.stats["requests"] > 0 for link in two_brokers._links)
+    pairs = (("1", "2"), ("2", "3"))
+    judged = [Request(str(n), "judge", "induction", pairs=pairs, answer=plain(n).program) for n in range(4)]
+    assert [verdict.correct for verdict in two_brokers.run_all(judged)] == [False, True, False, False]
+    suspect = Request("s", "validate", program="def f(x):\n    return sorted(set(x))", input="[2, 1]")
+    assert two_brokers.run_all([suspect])[0].output == "[1, 2]"
+
+
+def test_the_death_of_a_broker_costs_the_other_nothing(two_brokers):
+    victim, survivor = two_brokers._links
+    two_brokers.submit([plain(number) for number in range(40)])
+    assert victim.open and survivor.open
+    pids = two_brokers.broker_pids
+    os.kill(pids[0], signal.SIGKILL)
+    verdicts = []
+    while two_brokers.pending:
+        verdicts += two_brokers.poll(20.0)
+    assert sorted(int(verdict.id) for verdict in verdicts) == list(range(40))
+    assert {verdict.status for verdict in verdicts} == {"ok"}
+    assert two_brokers.broker_pids[0] != pids[0] and two_brokers.broker_pids[1] == pids[1]
+    assert two_brokers.stats()["broker_restarts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "shares"), [(1, [1]), (8, [8]), (9, [5, 4]), (64, [8] * 8), (54, [8] * 5 + [7] * 2)]
+)
+def test_workers_of_each_broker(workers, shares):
+    assert broker_shares(workers) == shares
+
+
+def test_missing_layers_are_named_in_a_warning(monkeypatch, caplog):
+    """By the pool, hence in every command that runs programs."""
+    monkeypatch.setattr(ExecutorPool, "layers", {"rlimits": True, "landlock": False, "no_clock": False})
+    with ExecutorPool(CONFIG):
+        pass
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "landlock, no_clock" in record.getMessage()
+    caplog.clear()
+    monkeypatch.setattr(ExecutorPool, "layers", {"rlimits": True})
+    with ExecutorPool(CONFIG):
+        pass
+    assert not caplog.records
+
+
+def test_what_waits_for_its_turn_is_not_asleep():
+    with ExecutorPool(ExecutorConfig(workers=1, cpu_seconds=0.3, wall_seconds=0.4)) as pool:
+        loops = [Request(str(n), "run", program=SPIN + f"  # {n}", input="1") for n in range(6)]
+        assert {(v.status, v.reason) for v in pool.run_all(loops)} == {("timeout", "cpu")}
 
 
 def test_close_leaves_nothing(tmp_path):
@@ -167,7 +233,7 @@ def test_close_leaves_nothing(tmp_path):
     pool = ExecutorPool(CONFIG)
     pool.submit([Request("spin", "run", program=SPIN, input="1")] + [plain(n) for n in range(10)])
     pool.poll(1.0)
-    assert descendants(os.getpid()) > before
+    assert descendants(os.getpid()) - before
     pool.close()
     pool.close()
     wait_until(lambda: descendants(os.getpid()) <= before)
@@ -206,7 +272,7 @@ def alive(pid):
 def test_no_zombies_and_no_growth(pool):
     pool.run_all([plain(number) for number in range(1000, 1200)])
     before = pool.stats()
-    broker = Path(f"/proc/{pool._process.pid}/fd")
+    broker = Path(f"/proc/{pool.broker_pids[0]}/fd")
     descriptors = len(list(broker.iterdir()))
     pool.run_all([plain(number) for number in range(2000, 2600)])
     after = pool.stats()
@@ -214,7 +280,7 @@ def test_no_zombies_and_no_growth(pool):
     assert abs(after["worker_rss_mb"] - before["worker_rss_mb"]) < 2
     assert len(list(broker.iterdir())) <= descriptors + 3  # a worker more may have started
     states = [
-        Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for pid in descendants(pool._process.pid)
+        Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for pid in descendants(pool.broker_pids[0])
     ]
     assert "Z" not in states
 
@@ -223,7 +289,7 @@ def test_no_secret_of_ours_in_the_processes(pool):
     os.environ["AZR_SECRET"] = "gold"
     try:
         with ExecutorPool(CONFIG) as other:
-            for pid in descendants(other._process.pid) | {other._process.pid}:
+            for pid in descendants(other.broker_pids[0]) | {other.broker_pids[0]}:
                 try:
                     assert b"gold" not in Path(f"/proc/{pid}/environ").read_bytes()
                 except OSError:  # not dumpable: nobody may look; or a child that has ended

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 
 from azr_jax.executor import Request
-from azr_jax.executor.sharing import shareable, suspicious
+from azr_jax.executor.sharing import shareable
+from azr_jax.executor.suspicion import holds_set, suspicious
 
 
 def validate(pool, program, *inputs, many=()):
@@ -70,9 +71,9 @@ def test_refused(program, arguments, status, reason, pool):
 
 #: Programs that a policy could use as a coin: each must be caught although two runs may agree by luck.
 COINS = [
-    "def f(x):\n    return hash(str(x)) % 2",
-    "def f(x):\n    return id(str(x) * 9) // 64 % 2",
-    "def f(x):\n    return id([]) // 64 % 4",
+    "def f(x):\n    return hash(str(x)) % 64",  # of two sides, eight runs agree once in 128
+    "def f(x):\n    return id(str(x) * 9) // 16 % 64",
+    "def f(x):\n    return id([]) // 16 % 64",
     "def f(x):\n    return list({str(i) for i in range(5)})",
     "def f(x):\n    s = {'a', 'b', 'c', 'd'}\n    return s.pop()",
     "def f(x):\n    return ''.join(set('hello'))",
@@ -135,6 +136,60 @@ def test_shareable_is_conservative():
         assert not shareable(program)
 
 
-def test_suspicious_mentions_of_chance():
-    assert not suspicious("def f(x):\n    return [str(i) for i in sorted(x)]")
+#: Ways to an address or an order that mention neither.
+HIDDEN_COINS = [
+    "def f(x):\n    return int(str(f)[-3], 16) % 2",
+    "def g():\n    yield 1\ndef f(x):\n    return f'{g()}'[-2]",
+    "def f(x):\n    return '%s' % (lambda: 0)",
+    "def f(x):\n    h = lambda: 0\n    return '{}'.format(h)[-3]",
+    "def f(x):\n    return str([].append)[-3]",
+    "def f(x):\n    return str(reversed([1]))[-3]",
+    "def f(x):\n    return str(enumerate([1]))[-3]",
+    "def f(x):\n    return str(max(f, f, key=lambda g: 1))[-3]",
+    "from functools import reduce\ndef f(x):\n    return str(reduce(lambda a, b: a, [], f))[-3]",
+    "def f(x):\n    return str(next(iter([]), f))[-3]",
+    "from itertools import chain\ndef f(x):\n    return str(chain([1]))[-3]",
+    "import itertools as i\ndef f(x):\n    return str(i.chain([1]))[-3]",
+    "import types\ndef f(x):\n    return str(types.MappingProxyType)[-3]",
+    "from collections import defaultdict\ndef f(x):\n    return str(defaultdict(lambda: 0))[-9]",
+    "from collections import Counter\ndef f(x):\n    return str(Counter('a').elements())[-3]",
+    "def f(x):\n    k = {'a': 1, 'b': 2}.keys()\n    return list(k | {'c': 3})[0]",
+    "def f(x):\n    k = dict(a=1, b=2)\n    g = k.items\n    return list(g() ^ [])[0]",
+    "def f(x):\n    g = [f]\n    return str(g)[-4]",
+    "def f(x):\n    g = []\n    g.append(f)\n    return str(g)[-4]",
+    "def f(x):\n    try:\n        return len('a' * x)\n    except MemoryError:\n        return 0",
+]
+ORDINARY = [
+    "def f(x):\n    return [str(i) for i in sorted(x)]",
+    "def f(x):\n    return ''.join(str(i) for i in reversed(x))",
+    "def f(x):\n    return sorted(x.items(), key=lambda kv: (-kv[1], kv[0]))[:3]",
+    "def f(x):\n    d = {}\n    for k, v in zip(x, map(int, x)):\n        d[k] = d.get(k, 0) + v\n    return max(d, key=d.get)",
+    "def f(x):\n    a, b = zip(*x)\n    return list(a) + [sum(b)] if any(i in x for i in b) else min(x)",
+    "import math\ndef g(n):\n    yield from ()\n".replace("    yield from ()\n", "    return n * math.pi\n")
+    + "def f(x):\n    return f'{g(x):.2f}' + ' '.join(map(str, range(x)))",
+    "from functools import reduce\ndef f(x):\n    return reduce(lambda a, b: a * b, x, 1)",
+    "from itertools import groupby\ndef f(x):\n    return [[k, len(list(g))] for k, g in groupby(x)]",
+    "def g(n):\n    while n:\n        yield n\n        n -= 1\ndef f(x):\n    return list(g(x))",
+    "def f(x):\n    def inner(n):\n        return n + 1\n    return [inner(i) for i in x]",
+    "def f(x):\n    return x\nif __name__ == '__main__':\n    f(1)",
+]
+
+
+def test_suspicious_where_an_order_or_an_address_could_show():
     assert all(map(suspicious, COINS))
+    assert [program for program in HIDDEN_COINS if not suspicious(program)] == []
+    assert suspicious("def f(x") and suspicious("def f(x):\n    return " + "-" * 100_000 + "1")
+
+
+def test_ordinary_programs_are_not_suspicious():
+    assert [program for program in ORDINARY if suspicious(program)] == []
+
+
+def test_sets_in_the_input_are_coins_too(pool):
+    assert holds_set([((1, {"a": [frozenset()]}), {})]) and holds_set([((), {"k": {1}})])
+    assert not holds_set([((1, {"a": [()]}), {"k": "{1}"})])
+    program = "def f(x):\n    first = 0\n    for first in x:\n        break\n    return first > 'b'"
+    before = pool.stats()["runs"]
+    assert validate(pool, program, "{'a', 'b', 'c', 'd'}").status in ("ok", "nondeterministic")
+    assert validate(pool, "def f(x):\n    return len(x)", "{'a', 'b'}").status == "ok"
+    assert pool.stats()["runs"] - before >= 8 + 2
