@@ -229,7 +229,7 @@ def place(batch: PackedBatch, mesh: Mesh) -> Batch:
 def _changed_share(new: Params, old: Params) -> Array:
     """Share of the weights whose bfloat16 rounding, which is what a bfloat16 sampler sees, is another one."""
     changed = jax.tree.map(lambda a, b: jnp.sum(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16)), new, old)
-    sizes = sum(x.size for x in jax.tree.leaves(new))
+    sizes = float(sum(x.size for x in jax.tree.leaves(new)))  # as an int it would overflow int32 from 2B weights on
     return sum(x.astype(jnp.float32) for x in jax.tree.leaves(changed)) / sizes
 
 

@@ -22,6 +22,7 @@ from azr_jax.learn.packing import PackedBatch, Trajectory, pack
 from azr_jax.learn.state import TrainState, init_state, state_shardings
 from azr_jax.learn.step import make_logprobs, make_update, micro_rows, place, summed_gradient
 from azr_jax.models.config import ModelConfig
+from azr_jax.models.sizes import published_size
 from azr_jax.models.transformer import forward, init_params, unembed
 
 MODEL = ModelConfig(64, 32, 64, 2, 4, 2, 8)
@@ -272,8 +273,8 @@ def test_number_of_micro_batches_does_not_recompile_and_state_is_donated() -> No
     assert int(state.step) == 4
 
 
-def compiled_text(model: ModelConfig, config: Config, mesh: MeshConfig, rows: int, row_tokens: int) -> str:
-    """The compiled update as text, from shapes alone: nothing is allocated or run."""
+def traced(model: ModelConfig, config: Config, mesh: MeshConfig, rows: int, row_tokens: int) -> Any:
+    """The update, traced from shapes alone: nothing is allocated or run."""
     grid = mesh_of(mesh)
     layout = state_shardings(config, model, grid)
     state = jax.eval_shape(lambda: init_state(init_params(model, 0), config, model, grid))
@@ -282,7 +283,20 @@ def compiled_text(model: ModelConfig, config: Config, mesh: MeshConfig, rows: in
     split = row_sharding(grid, leading=1)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for name, x in empty.items()}
     update = make_update(config, model, grid).compiled  # type: ignore[attr-defined]
-    return update.lower(state, batch, np.int32(1), np.float32(1), None).compile().as_text()
+    return update.trace(state, batch, np.int32(1), np.float32(1), None)
+
+
+def compiled_text(*arguments: Any) -> str:
+    """The text of a compiled update."""
+    return traced(*arguments).lower().compile().as_text()
+
+
+def test_sizes_beyond_32_bits() -> None:
+    """Counts of weights and of logits of a 7B model do not fit an int32."""
+    config = replace(CONFIG, learn=replace(CONFIG.learn, dtype="bfloat16", remat="block"))
+    state, metrics = traced(published_size("qwen2.5-7b"), config, MeshConfig(1, 8, 1), 8, 8192).out_info
+    assert sum(x.size for x in jax.tree.leaves(state.params)) > 2**32
+    assert metrics["bf16_changed"].shape == ()
 
 
 def shapes_in(pattern: str, text: str) -> list[tuple[int, ...]]:
