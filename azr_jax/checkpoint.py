@@ -249,14 +249,21 @@ def _leaf_sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _fingerprints(state: Any) -> list[int]:
-    """Of every leaf, in tree order. Leaves on different sets of devices cannot share one compiled program."""
+    """Of every leaf, in tree order. Leaves on different sets of devices cannot share one compiled program.
+
+    What lies in host memory (offloaded moments) visits the devices one array after the other.
+    """
     leaves = jax.tree.leaves(state)
-    groups: dict[frozenset[jax.Device], list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
-        groups.setdefault(frozenset(leaf.sharding.device_set), []).append(index)
+        away = leaf.sharding.memory_kind == "pinned_host"
+        groups.setdefault(index if away else frozenset(leaf.sharding.device_set), []).append(index)
     sums = [0] * len(leaves)
-    for indices in groups.values():
-        values = jax.device_get(_leaf_sums([leaves[index] for index in indices]))
+    for key, indices in groups.items():
+        group = [leaves[index] for index in indices]
+        if isinstance(key, int):
+            group = [jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) for leaf in group]
+        values = jax.device_get(_leaf_sums(group))
         for index, value in zip(indices, values, strict=True):
             sums[index] = int(value)
     return sums

@@ -319,6 +319,10 @@ def _problems(config: Config) -> Iterator[str]:
             f"`learn.advantage` = {learn.advantage} compares several answers to one task, and only "
             "learn.reuse_estimates=true trains on several"
         )
+    if learn.importance_cap > 0 and learn.dual_clip > 0:
+        yield "`learn.importance_cap` takes the place of the ratio clips: with it, leave learn.dual_clip at 0"
+    if 0 < learn.dual_clip <= 1:
+        yield f"`learn.dual_clip` must be above 1 (or 0: none), got {learn.dual_clip:g}"
     if learn.warmup > config.steps > 0:
         yield f"`learn.warmup` ({learn.warmup}) is longer than the run, steps = {config.steps}"
     if executor.wall_seconds < executor.cpu_seconds:

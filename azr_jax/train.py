@@ -83,8 +83,7 @@ class Run:
             log.warning("no evaluation: the held-out micro programs are for models of the compact prompt format")
         self.reference: Params | None = None
         if config.learn.kl != "none":
-            dtype = jnp.dtype(config.learn.dtype)
-            self.reference = load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), dtype)
+            self.reference = self.first_weights()
         self.rows = micro_rows(config, self.mesh)
         self.skipped = 0  # updates in a row
         self.audited = False
@@ -103,6 +102,11 @@ class Run:
             self.engine.banned = audit(weights, self.model, self.engine.tokenizer, self.mesh, wanted)
             self.audited = True
         return init_state(weights, self.config, self.model, self.mesh)
+
+    def first_weights(self) -> Params:
+        """The weights before the first update, as `sampling_weights` gives them."""
+        dtype = jnp.dtype(self.config.learn.dtype)
+        return load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), dtype)
 
     def sampling_weights(self, state: TrainState) -> Params:
         """The weights as the learner's forward pass sees them, so that sampler and learner agree."""
@@ -206,14 +210,17 @@ def _resume_or_seed(
 ) -> tuple[TrainState, int] | None:
     """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0; None if stopped before."""
     fresh = run.fresh_state()
-    restored = checkpoints.restore(fresh)
-    if restored is not None:
+    if checkpoints.steps():
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+        del fresh  # there is room for one state only
+        restored = checkpoints.restore(abstract)
+        assert restored is not None  # none that can be read is an error
         number, state, extra = restored
         run.selfplay.buffers = TaskBuffers.from_json(extra["buffers"], run.selfplay.rules)
         run.selfplay.buffers.cap = run.config.tasks.buffer_cap  # the two differ only after --allow-config-change
         if run.evaluation and not run.evaluation.take_baseline(extra["baseline"]):
             log.info("the evaluation was changed: measuring the weights before the first update with the new one")
-            run.evaluation.measure(run.evaluator(run.sampling_weights(fresh)))
+            run.evaluation.measure(run.evaluator(run.first_weights()))
         folder.truncate_after(number)
         chain = oversight.verify(folder.oversight, extra["oversight_head"])
         if not chain.ok:
@@ -315,7 +322,7 @@ def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
     lines = comparisons(folder.read_metrics())
     if run.micro and run.config.eval.final_per_kind:
         log.info("comparing before and after on fresh held-out tasks")
-        before = run.evaluator(run.sampling_weights(run.fresh_state()))
+        before = run.evaluator(run.first_weights())
         after = run.evaluator(run.sampling_weights(state))
         lines = fresh_comparison(before, after, run.config.eval.final_per_kind, run.config.seed)
         folder.write_outcome(to_json(lines))

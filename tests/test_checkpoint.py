@@ -69,6 +69,22 @@ def test_exact_on_any_mesh(tmp_path, saved_on, restored_on):
     assert len(restored["params"]["w"].sharding.device_set) == restored_on
 
 
+def test_arrays_in_host_memory(tmp_path):
+    """Offloaded moments beside weights on the devices: saved, checked and brought back to where they were."""
+    mesh = Mesh(np.array(jax.devices()).reshape(8), ("x",))
+    there = NamedSharding(mesh, P("x"))
+    away = there.with_memory_kind("pinned_host")
+    values = np.arange(32, dtype=np.float32)
+    state = {"w": jax.device_put(values, there), "m": jax.device_put(2 * values, away)}
+    keeper = Checkpointer(tmp_path, keep=1)
+    keeper.save(3, state, {"n": 1})
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    found = keeper.restore(like)
+    assert found is not None and found[0] == 3
+    assert {name: leaf.sharding.memory_kind for name, leaf in found[1].items()} == {"w": "device", "m": "pinned_host"}
+    np.testing.assert_array_equal(found[1]["m"], 2 * values)
+
+
 def test_nothing_saved_yet(tmp_path):
     keeper = Checkpointer(tmp_path / "none", keep=1)
     assert keeper.latest() is None and keeper.restore(abstract(mesh_of(1))) is None

@@ -393,7 +393,7 @@ class Crew:
         if child.killed:
             return Outcome("crashed", reason="malformed_result", worker=serial)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU):
-            if cpu_seconds >= child.cpu_cap - 0.1:
+            if cpu_seconds >= child.cpu_cap - 1:  # the kernel's own count of it is coarse
                 return Outcome("timeout", reason="cpu", worker=serial)
             return Outcome("memory", reason="killed_by_system", worker=serial)
         name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "no_result"

@@ -109,12 +109,12 @@ class ModelConfig:
         if not isinstance(fields, dict):
             raise UserError(f"{where}: not a JSON object")
         model_type = fields.get("model_type")
-        if model_type == "gemma3" and isinstance(fields.get("text_config"), dict):  # with a vision part, left out
-            model_type, fields = "gemma3_text", fields["text_config"]
-        if model_type not in FAMILIES:
-            raise UserError(f"{where}: model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})")
         if fields.get("quantization_config"):
             raise UserError(f"{where}: quantized checkpoints are not supported; give one in bfloat16 or float32")
+        if model_type == "gemma3" and isinstance(fields.get("text_config"), dict):  # with a vision part, left out
+            model_type, fields = "gemma3_text", fields["text_config"]
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise UserError(f"{where}: model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})")
         for key in ("attention_bias", "mlp_bias"):
             if fields.get(key):
                 raise UserError(f"{where}: {key} is not supported in {model_type}")
@@ -138,8 +138,8 @@ class ModelConfig:
             )
         except KeyError as error:
             raise UserError(f"{where}: key {error} is missing") from None
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(f"{where}: a size has a value that is no number: {error}") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
+            raise UserError(f"{where}: a size has a value that is no number, or an impossible one: {error}") from None
         config._check(where)
         return config
 
@@ -150,6 +150,11 @@ class ModelConfig:
             raise UserError(f"{where}: every size must be at least 1: {self}")
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even")
+        for rope in (self.rope, self.local_rope or self.rope):
+            if not rope.is_sound():
+                raise UserError(f"{where}: a RoPE with impossible values: {rope}")
+        if not self.rms_norm_eps >= 0 or isinstance(self.query_scale, complex):
+            raise UserError(f"{where}: rms_norm_eps and query_pre_attn_scalar cannot be negative")
         if self.sliding_layers and (len(self.sliding_layers) != self.num_layers or self.sliding_window < 1):
             raise UserError(f"{where}: layer_types needs one entry a layer, and sliding_window at least 1")
 
@@ -219,6 +224,8 @@ def _gemma3(fields: Fields, where: str) -> Fields:
     if fields.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise UserError(f"{where}: hidden_activation {fields['hidden_activation']!r} is not supported")
     nested = fields.get("rope_parameters") or {}
+    if not nested.keys() <= {"full_attention", "sliding_attention"}:
+        raise UserError(f"{where}: rope_parameters of {sorted(nested)}; Gemma 3 has full_attention, sliding_attention")
     longest = int(fields["max_position_embeddings"])
     whole = nested.get("full_attention") or fields.get("rope_scaling")
     local = Rope.from_hf(float(fields["rope_local_base_freq"]), nested.get("sliding_attention"), longest, where)

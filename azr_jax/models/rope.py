@@ -73,6 +73,12 @@ class Rope:
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: RoPE scaling {scaling!r} has a value that is no number: {error}") from None
 
+    def is_sound(self) -> bool:
+        """Whether the frequencies are finite and positive."""
+        known = self.scaling in ("default", "linear") or self.original_max_position_embeddings > 0
+        spread = self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor > 0
+        return 1 < self.theta < math.inf and 0 < self.factor < math.inf and known and spread
+
     def to_hf(self) -> dict[str, Any] | None:
         """The `rope_scaling` object of a config.json; None without scaling."""
         if self.scaling == "default":
