@@ -176,7 +176,9 @@ class Checkpointer:
         except UserError:
             raise
         except Exception as error:  # as in `restore`
-            raise UserError(f"checkpoint {self.path(step)} cannot be read: {_first_line(error)}") from error
+            others = ", ".join(str(other) for other in self.steps() if other != step)
+            rest = f"; there are also steps {others} (--step N)" if others else ""
+            raise UserError(f"checkpoint {self.path(step)} is damaged{rest}: {_first_line(error)}") from error
 
     def _read(self, step: int, abstract_state: State) -> tuple[State, dict[str, Any]]:
         record = self._read_record(step)

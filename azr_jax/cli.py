@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(arguments, debug)
         sys.stdout.flush()
+        if argv is None:  # a process of our own, about to end: one more Ctrl-C has nothing left to stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return code
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED, debug)

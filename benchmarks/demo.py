@@ -2,7 +2,7 @@
 
     python benchmarks/demo.py --out benchmarks/results/demo.json --seeds 0 1 2
     python benchmarks/demo.py --out benchmarks/results/controls.json --controls no_updates random_rewards
-    python benchmarks/demo.py --out benchmarks/results/long.json --seeds 0 --override steps=1200
+    python benchmarks/demo.py --out benchmarks/results/long.json --seeds 0 --override steps=400 eval.every=50
 
 Each run is `azr-jax train configs/demo.yaml` in a process of its own, one after the other. The result holds the
 before/after table on fresh held-out tasks, the curve on the fixed set, health of the proposer by quarter of the run,

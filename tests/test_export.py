@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_not_exchanged_for_an_older_one(run, tmp_path, c
             content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
             file.write_bytes(content)
     code, error = refusal(capsys, tmp_path / "damaged", tmp_path / "out")
-    assert code == 1 and "step_000010 cannot be read" in error and "Traceback" not in error
+    assert code == 1 and "step_000010 is damaged" in error and "Traceback" not in error
     assert not any((tmp_path / "out").iterdir()), "nothing half-done is left"
 
 
