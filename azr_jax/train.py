@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 MOST_SKIPS = 10  # updates in a row with a gradient that is not finite, after which a run stops
 
+
 class Run:
     """Everything built from a config: model, sampler, self-play, learner, evaluation."""
 
@@ -96,7 +97,7 @@ class Run:
 
     def fresh_state(self) -> TrainState:
         """The state before the first update. The first call looks over the vocabulary."""
-        weights = load_weights(self.folder, self.model, param_shardings(self.model, self.mesh))
+        weights = self._load("float32")
         if not self.audited:
             wanted = self.config.rollout.ban_untrained_tokens
             self.engine.banned = audit(weights, self.model, self.engine.tokenizer, self.mesh, wanted)
@@ -105,8 +106,10 @@ class Run:
 
     def first_weights(self) -> Params:
         """The weights before the first update, as `sampling_weights` gives them."""
-        dtype = jnp.dtype(self.config.learn.dtype)
-        return load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), dtype)
+        return self._load(self.config.learn.dtype)
+
+    def _load(self, dtype: str) -> Params:
+        return load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), jnp.dtype(dtype))
 
     def sampling_weights(self, state: TrainState) -> Params:
         """The weights as the learner's forward pass sees them, so that sampler and learner agree."""

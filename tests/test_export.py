@@ -224,6 +224,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 def test_an_empty_folder_will_do(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     export(capsys, "embedded", tmp_path / "out")
+    assert (tmp_path / "out/config.json").is_file() and (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_what_is_no_source(run, tmp_path, capsys):
