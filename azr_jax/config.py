@@ -30,9 +30,13 @@ class RolloutConfig:
     max_prompt: int = 6144  #: longest prompt, tokens
     max_response: int = 8096  #: longest response, tokens
     temperature: float = 1.0  #: of every trained or learnability sample
-    batch: int = 256  #: sequences decoded together
-    ban_untrained_tokens: bool = False  #: never sample tokens whose vocabulary rows look untrained
+    slots: int = 256  #: sequences decoded together
     block: int = 16  #: decode steps between two looks at which sequences are done
+    page: int = 64  #: tokens of a page of the KV cache: a power of two from 8 to 256
+    prefill_tokens: int = 4096  #: prompt tokens computed at once
+    cache_dtype: Literal["auto", "int8"] = "auto"  #: of the KV cache; auto: learn.dtype
+    cache_gb: float = 0.0  #: GiB of KV cache on each device; 0: what is free once the weights are there
+    ban_untrained_tokens: bool = False  #: never sample tokens whose vocabulary rows look untrained
 
 
 @dataclass(frozen=True)

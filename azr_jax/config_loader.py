@@ -35,8 +35,10 @@ AT_LEAST = {
     "tasks.buffer_cap": 1,
     "rollout.max_prompt": 1,
     "rollout.max_response": 1,
-    "rollout.batch": 1,
+    "rollout.slots": 1,
     "rollout.block": 1,
+    "rollout.page": 8,
+    "rollout.prefill_tokens": 1,
     "learn.warmup": 0,
     "learn.row_tokens": 0,
     "learn.rows": 1,
@@ -56,6 +58,7 @@ AT_LEAST = {
 #: Interval of every float key: its brackets, lowest and highest value.
 INTERVALS = {
     "rollout.temperature": ("()", 0.0, math.inf),
+    "rollout.cache_gb": ("[)", 0.0, math.inf),
     "learn.lr": ("()", 0.0, 1.0),
     "learn.final_lr": ("[]", 0.0, 1.0),
     "learn.dual_clip": ("[)", 0.0, math.inf),
@@ -308,6 +311,8 @@ def _problems(config: Config) -> Iterator[str]:
             f"`tasks.buffer_cap` ({tasks.buffer_cap}) is smaller than the seed buffer, "
             f"tasks.seed_factor * tasks.batch = {tasks.seed_factor * tasks.batch}"
         )
+    if rollout.page > 256 or rollout.page & (rollout.page - 1):
+        yield f"`rollout.page` must be 8, 16, 32, 64, 128 or 256, got {rollout.page}"
     longest = rollout.max_prompt + rollout.max_response
     if 0 < learn.row_tokens < longest:
         yield (

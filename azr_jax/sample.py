@@ -43,7 +43,6 @@ from azr_jax.templates import choose_template, make_prompts
 log = logging.getLogger(__name__)
 
 MAX_PROMPT = RolloutConfig().max_prompt
-SMALLEST_PROMPT = 64  # prompts are padded to a power of two from here on, so that few programs are compiled
 MAX_RESPONSE, MAX_RESPONSE_COMPACT = 2048, 128
 INDUCTION_INPUTS_COMPACT = 6  # as the embedded model was taught; other models are asked for tasks.induction_inputs
 BAD_FORMAT = {"status": "rejected", "reason": "format"}
@@ -69,6 +68,9 @@ class Model:
         self.params = load_weights(folder, self.config, param_shardings(self.config, self.mesh))
         audit(self.params, self.config, self.tokenizer, self.mesh)
         self.temperature, self.seed = temperature, seed
+        most = MAX_RESPONSE_COMPACT if self.compact else MAX_RESPONSE
+        rollout = RolloutConfig(max_prompt=MAX_PROMPT, max_response=most, slots=1)
+        self.engine = Engine(self.config, rollout, self.tokenizer, self.mesh)
         self._count = 0
 
     def complete(self, text: str, stop: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -84,16 +86,11 @@ class Model:
         if not self.tokenizer.represents(text):
             known = "; this model knows printable ASCII and newlines" if self.compact else ""
             log.warning("warning: the tokenizer cannot represent all characters of the prompt%s", known)
-        size = SMALLEST_PROMPT
-        while size < len(ids):
-            size *= 2
-        most = MAX_RESPONSE_COMPACT if self.compact else MAX_RESPONSE
-        rollout = RolloutConfig(max_prompt=min(size, MAX_PROMPT), max_response=most, batch=1)
-        engine = Engine(self.config, rollout, self.tokenizer, self.mesh, stop)
+        self.engine.stop = stop
         key = request_key(self.seed, "sample", self._count)
         self._count += 1
-        (completion,) = engine.generate(self.params, [Request(ids, key, self.temperature)])
-        record = {"prompt": unmarked(text), "response": engine.text(completion)}
+        (completion,) = self.engine.generate(self.params, [Request(ids, key, self.temperature)])
+        record = {"prompt": unmarked(text), "response": self.engine.text(completion)}
         return record | {"tokens": len(completion.tokens), "finish": completion.finish}
 
 

@@ -1,103 +1,39 @@
 """The algorithm: propose, validate, estimate learnability, solve, reward. Read beside Algorithm 1 of arXiv 2505.03335.
 
 One step is a pure function of (weights, buffers, seed, step): random choices come from generators made from the seed
-and the step, samples from keys made of what they are. So a resumed run repeats itself exactly. The step ends with
-trajectories and rewards; the policy-gradient update is `azr_jax.learn`, the run around it `azr_jax.train`.
+and the step, samples from keys made of what they are, and where the order of events matters (which of two equal
+proposals is the new one) it is the order of proposals, not of time. So a resumed run repeats itself exactly, although
+nothing in a step waits for anything it does not need: a proposal is checked while others are written, and the samples
+that price it start the moment it is valid. The step ends with trajectories and rewards; the policy-gradient update is
+`azr_jax.learn`, the run around it `azr_jax.train`.
 
-Not here: text (tasks/), running programs (executor/), sampling (rollout/).
+Not here: text (tasks/), running programs (executor/), sampling (rollout/), waiting (stream.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
-import numpy as np
-
+from azr_jax.attempts import Attempt, Step
 from azr_jax.config import PRESETS, Config
 from azr_jax.errors import UserError
-from azr_jax.executor import ExecutorPool
+from azr_jax.executor import ExecutorPool, Verdict
 from azr_jax.executor import Request as Check
-from azr_jax.learn.packing import Trajectory
 from azr_jax.models.transformer import Params
 from azr_jax.rollout.engine import Engine
-from azr_jax.rollout.request import Completion, Request, request_key
+from azr_jax.stream import Stream
 from azr_jax.tasks.buffers import TaskBuffers
-from azr_jax.tasks.kinds import KINDS, Kind, Proposal, Role, Task, group_index
+from azr_jax.tasks.kinds import KINDS, Kind, Role, Task
 from azr_jax.tasks.prompts import PromptFormat
 from azr_jax.tasks.rewards import Outcome, proposer_reward, solver_reward
 from azr_jax.tasks.validation import distinct_inputs, proposal_rejection, task_key
 
 SEED_ROUNDS = 60  # of one batch per kind, before a model that proposes nothing valid is given up
 CONSTANT_LEARNABILITY = 0.5  # reward of every valid new task under that control
-
-
-@dataclass
-class Attempt:
-    """One response of the policy and what became of it.
-
-    A proposal has `outcome`, `reason`, `task` (if valid) and `solve_rate`; a solution has `task` and `correct`.
-    `scored` is False where judging failed through our own fault: such a response is never trained on.
-    """
-
-    role: Role
-    kind: Kind
-    identity: tuple[int | str, ...]
-    prompt: tuple[int, ...]
-    references: Sequence[Task] = ()
-    task: Task | None = None
-    completion: Completion | None = None
-    response: str = ""
-    proposal: Proposal | None = None
-    outcome: Outcome = Outcome.BAD_FORMAT
-    reason: str = ""
-    solve_rate: float | None = None
-    answer: str | None = None
-    correct: bool = False
-    scored: bool = True
-    reward: float = 0.0
-
-    def trajectory(self, task: int) -> Trajectory:
-        """For the learner: ids and log-probabilities exactly as sampled. `task`: number of the task it answers."""
-        assert self.completion is not None
-        return Trajectory(
-            prompt=np.asarray(self.prompt, np.int32),
-            response=self.completion.tokens,
-            logprobs=self.completion.logprobs,
-            reward=self.reward,
-            group=group_index(self.role, self.kind),
-            task=task,
-            truncated=self.completion.finish == "length",
-        )
-
-
-@dataclass
-class Step:
-    """What one step produced. `estimates` are the learnability samples, `seconds` the time of each phase."""
-
-    number: int
-    proposals: list[Attempt]
-    estimates: list[Attempt]
-    solutions: list[Attempt]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def trained(self, config: Config) -> list[Attempt]:
-        """The attempts the update is made from (paper: 6 B of them; with `reuse_estimates` the estimates as well)."""
-        attempts = [] if config.control == "frozen_proposer" else list(self.proposals)
-        attempts += self.solutions + (self.estimates if config.learn.reuse_estimates else [])
-        return [attempt for attempt in attempts if attempt.scored]
-
-    def trajectories(self, config: Config) -> list[Trajectory]:
-        """What the learner gets; answers to one task share its number, proposals have none (-1)."""
-        numbers: dict[int, int] = {}
-        found = []
-        for attempt in self.trained(config):
-            solving = attempt.role is Role.SOLVE
-            found.append(attempt.trajectory(numbers.setdefault(id(attempt.task), len(numbers)) if solving else -1))
-        return found
 
 
 class SelfPlay:
@@ -115,20 +51,26 @@ class SelfPlay:
         self.rules = PRESETS[config.preset]
         self.engine, self.pool, self.prompts, self.held_out = engine, pool, prompts, held_out
         self.buffers = TaskBuffers(config.tasks.buffer_cap, self.rules)
-        self.seconds: dict[str, float] = {}
+        self._lengths: dict[tuple[Role, Kind], float] = defaultdict(lambda: 1.0)  # mean response of the last step
 
     def step(self, params: Params, number: int) -> Step:
         """Algorithm 1, lines 3 to 14: from the buffers to rewarded trajectories. `number` counts from 1."""
-        self.seconds.clear()
-        proposals = self.propose(params, number, KINDS, ("step", number))
-        self.validate(proposals, number)
-        estimates = self.estimation_attempts(proposals)
-        solutions = self.solution_attempts(number)
-        # The samples that price the proposals and the solutions that are trained on are one generation.
-        self.generate(params, estimates + solutions, "solve")
-        self.judge(estimates + solutions)
-        self.reward(proposals, estimates, solutions, number)
-        return Step(number, proposals, estimates, solutions, dict(self.seconds))
+        started = time.monotonic()
+        self.engine.load(params, number)
+        play = Round(self, number)
+        play.propose(self.proposals(number, KINDS, ("step", number)))
+        play.solve(self.old_tasks(number))
+        play.run()
+        play.store()
+        step = play.step()
+        self.reward(step)
+        for role, kind in {(attempt.role, attempt.kind) for attempt in step.attempts}:
+            lengths = [
+                len(a.completion.tokens) for a in step.attempts if (a.role, a.kind) == (role, kind) and a.completion
+            ]
+            self._lengths[role, kind] = sum(lengths) / max(1, len(lengths))
+        step.seconds["rollout"] = time.monotonic() - started
+        return step
 
     def seed(self, params: Params, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Fill each buffer to seed_factor * batch from the identity program, without updates (paper section 3.3.1).
@@ -144,23 +86,25 @@ class SelfPlay:
             if stopped():
                 return False
             kinds = [kind for kind in missing if kind is not Kind.INDUCTION] or missing
-            proposals = self.propose(params, 0, kinds, ("seed", turn))
+            proposals = self.proposals(0, kinds, ("seed", turn))
             if not proposals:
                 raise UserError(
                     f"seeding: no prompt for {' or '.join(kind.value for kind in kinds)} proposals fits into "
                     f"rollout.max_prompt = {self.config.rollout.max_prompt} tokens; raise it"
                 )
-            self.validate(proposals, 0, most=target)
+            self.engine.load(params)
+            play = Round(self, 0, pricing=False)
+            play.propose(proposals)
+            play.run()
+            play.store(most=target)
         short = {kind.value: self.buffers.size(kind) for kind in KINDS if self.buffers.size(kind) < target}
         raise UserError(
             f"seeding: after {SEED_ROUNDS} rounds some buffers hold fewer than {target} valid tasks: {short}. "
             "The model proposes too few valid tasks; try another tasks.prompt_format or a smaller tasks.seed_factor"
         )
 
-    def propose(
-        self, params: Params, number: int, kinds: Sequence[Kind], identity: tuple[int | str, ...]
-    ) -> list[Attempt]:
-        """B responses of the proposer for each kind, each shown references drawn from the buffers.
+    def proposals(self, number: int, kinds: Sequence[Kind], identity: tuple[int | str, ...]) -> list[Attempt]:
+        """B proposals to be made for each kind, each shown references drawn from the buffers.
 
         References are dropped until the prompt fits; where even one is too long, the batch has one proposal less.
         """
@@ -177,113 +121,48 @@ class SelfPlay:
                 if self.engine.fits(ids):
                     who = (*identity, Role.PROPOSE.value, kind.value, index)
                     attempts.append(Attempt(Role.PROPOSE, kind, who, ids, references))
-        self.generate(params, attempts, "propose")
         return attempts
 
-    def validate(self, proposals: Sequence[Attempt], number: int, most: int | None = None) -> None:
-        """Parse, static rules, run, determinism; valid new tasks enter their buffer (up to `most`) in a fixed order."""
-        with self.timed("validate"):
-            checks = []
-            for i, attempt in enumerate(proposals):
-                proposal = self.prompts.parse_proposal(attempt.kind, attempt.references, attempt.response)
-                attempt.proposal = proposal
-                if proposal is None:
-                    attempt.reason = "format"
-                    continue
-                attempt.outcome = Outcome.INVALID
-                attempt.reason = proposal_rejection(proposal, self.config.tasks.induction_inputs) or ""
-                if not attempt.reason:
-                    inputs = distinct_inputs(proposal.inputs)[: self.config.tasks.induction_inputs]
-                    attempt.proposal = replace(proposal, inputs=inputs)
-                    checks.append(
-                        Check(str(i), "validate", program=proposal.program, input=proposal.input, inputs=inputs)
-                    )
-            verdicts = self.pool.run_all(checks)
-            for check, verdict in zip(checks, verdicts, strict=True):
-                attempt = proposals[int(check.id)]
-                if verdict.status == "infra":
-                    attempt.scored = False
-                if verdict.status != "ok":
-                    attempt.reason = verdict.reason or verdict.status
-                    continue
-                self.accept(attempt, verdict.output, verdict.outputs, number, most)
+    def old_tasks(self, number: int) -> dict[Kind, list[Task]]:
+        """B tasks of each kind from the buffers, for the solver.
 
-    def accept(
-        self, attempt: Attempt, output: str, outputs: Sequence[str], number: int, most: int | None
-    ) -> None:
-        """A proposal that ran: make it a task, refuse it if held out or seen before, else store it."""
-        proposal = attempt.proposal
-        assert proposal is not None
-        pairs = tuple(zip(proposal.inputs, outputs, strict=True))  # induction; else both are empty
-        task = Task(
-            kind=attempt.kind,
-            program=proposal.program,
-            input=proposal.input,
-            output=output,
-            pairs=pairs,
-            message=proposal.message,
-            step=number,
-            key=task_key(proposal),
-        )
-        if not self.engine.fits(self.encode(self.prompts.solve(task))):
-            attempt.reason = "prompt_too_long"
-            return
-        attempt.task = task
-        if self.held_out(task.program):
-            attempt.outcome, attempt.reason = Outcome.DUPLICATE, "held_out"
-        elif self.buffers.is_duplicate(task):
-            attempt.outcome, attempt.reason = Outcome.DUPLICATE, "duplicate"
-        else:
-            attempt.outcome, attempt.reason = Outcome.VALID, ""
-            if most is None or self.buffers.size(task.kind) < most:
-                self.buffers.add(task)
-
-    def estimation_attempts(self, proposals: Sequence[Attempt]) -> list[Attempt]:
-        """n solver samples for each valid proposal, at the rollout temperature (paper Eq. 4)."""
-        return [
-            self.solve_attempt(attempt.task, (*attempt.identity, "estimate", sample))
-            for attempt in proposals
-            if attempt.outcome is Outcome.VALID and attempt.task is not None
-            for sample in range(self.config.tasks.samples)
-        ]
-
-    def solution_attempts(self, number: int) -> list[Attempt]:
-        """B tasks of each kind for the solver: fresh ones first, topped up from history (paper section 3.3.2)."""
-        fresh = number if self.rules.solver_tasks == "this_step" else number - 1
-        attempts = []
+        Where the preset's solver trains on this step's tasks, these stand in for proposals that turn out to be none
+        (paper section 3.3.2), in this order; else they are last step's, topped up from history, and all are used.
+        """
+        found = {}
         for kind in KINDS:
             rng = Random(repr((self.config.seed, number, "solve", kind.value)))
-            for index, task in enumerate(self.buffers.solver_batch(kind, self.config.tasks.batch, fresh, rng)):
-                attempts.append(self.solve_attempt(task, ("step", number, Role.SOLVE.value, kind.value, index)))
-        return attempts
+            last = number - 1 if self.rules.solver_tasks == "last_step" else None
+            found[kind] = self.buffers.solver_batch(kind, self.config.tasks.batch, last, rng)
+        return found
 
     def solve_attempt(self, task: Task, identity: tuple[int | str, ...]) -> Attempt:
         """A solver's attempt at a task, not generated yet."""
         return Attempt(Role.SOLVE, task.kind, identity, self.encode(self.prompts.solve(task)), task=task)
 
-    def judge(self, attempts: Sequence[Attempt]) -> None:
-        """Parse each answer and have the executor verify it; the gold answer never reaches a program."""
-        with self.timed("judge"):
-            checks = []
-            for i, attempt in enumerate(attempts):
-                assert attempt.task is not None
-                attempt.answer = self.prompts.parse_answer(attempt.kind, attempt.response)
-                if attempt.answer is not None:
-                    checks.append(answer_check(str(i), attempt.task, attempt.answer))
-            for verdict in self.pool.run_all(checks):
-                attempt = attempts[int(verdict.id)]
-                attempt.correct = verdict.correct
-                attempt.scored = verdict.status != "infra"
+    def task_of(self, attempt: Attempt, verdict: Verdict, number: int) -> Task:
+        """The task that a proposal is, now that the executor knows its outputs."""
+        proposal = attempt.proposal
+        assert proposal is not None
+        pairs = tuple(zip(proposal.inputs, verdict.outputs, strict=True))  # induction; else both are empty
+        return Task(
+            kind=attempt.kind,
+            program=proposal.program,
+            input=proposal.input,
+            output=verdict.output,
+            pairs=pairs,
+            message=proposal.message,
+            step=number,
+            key=task_key(proposal),
+        )
 
-    def reward(
-        self, proposals: Sequence[Attempt], estimates: Sequence[Attempt], solutions: Sequence[Attempt], number: int
-    ) -> None:
+    def reward(self, step: Step) -> None:
         """Learnability for proposals, correctness for solutions, format for both (paper Eqs. 4 to 6)."""
         outcomes: dict[tuple[int | str, ...], list[bool]] = {}
-        for attempt in estimates:
+        for attempt in step.estimates:
             if attempt.scored:
                 outcomes.setdefault(attempt.identity[:-2], []).append(attempt.correct)
-        for attempt in proposals:
+        for attempt in step.proposals:
             if attempt.outcome is Outcome.VALID:
                 judged = outcomes.get(attempt.identity)
                 if not judged:
@@ -293,35 +172,164 @@ class SelfPlay:
             attempt.reward = proposer_reward(attempt.outcome, attempt.solve_rate, self.rules)
             if self.config.control == "constant_learnability" and attempt.outcome is Outcome.VALID:
                 attempt.reward = CONSTANT_LEARNABILITY
-        for attempt in [*estimates, *solutions]:
+        for attempt in [*step.estimates, *step.solutions]:
             attempt.reward = solver_reward(attempt.answer, attempt.correct)
         if self.config.control == "random_rewards":
-            rng = Random(repr((self.config.seed, number, "random rewards")))
-            for attempt in [*proposals, *estimates, *solutions]:
+            rng = Random(repr((self.config.seed, step.number, "random rewards")))
+            for attempt in step.attempts:
                 attempt.reward = rng.choice((1.0, -0.5))
 
-    def generate(self, params: Params, attempts: Sequence[Attempt], phase: str) -> None:
-        """Sample a response for every attempt at the rollout temperature, each with a random key of its own."""
-        with self.timed(phase):
-            temperature = self.config.rollout.temperature
-            requests = [
-                Request(attempt.prompt, request_key(self.config.seed, *attempt.identity), temperature)
-                for attempt in attempts
-            ]
-            for attempt, completion in zip(attempts, self.engine.generate(params, requests), strict=True):
-                attempt.completion = completion
-                attempt.response = self.engine.text(completion)
+    def priority(self, role: Role, kind: Kind) -> float:
+        """What hangs on a response, in tokens to come: longest first leaves no straggler for the end."""
+        own = self._lengths[role, kind]
+        return own + self._lengths[Role.SOLVE, kind] if role is Role.PROPOSE else own
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Prompt ids."""
         return self.engine.tokenizer.prompt(text)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of a block to `seconds[phase]`."""
-        started = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+class Round:
+    """One step in the making: what follows from each response and each verdict, whenever it comes.
+
+    pricing: whether valid proposals are priced by the solver, and solved; not so while seeding.
+    """
+
+    def __init__(self, play: SelfPlay, number: int, pricing: bool = True) -> None:
+        self.play, self.number, self.pricing = play, number, pricing
+        self.stream = Stream(play.engine, play.pool, play.config.seed, play.config.rollout.temperature)
+        self.proposed: list[Attempt] = []
+        self.estimates: dict[Attempt, list[Attempt]] = {}  # by proposal
+        self.fresh: dict[Attempt, Attempt] = {}  # solutions of this step's tasks, by proposal
+        self.old: dict[Kind, list[Attempt]] = {kind: [] for kind in KINDS}  # of tasks from the buffers
+        self.history: dict[Kind, list[Task]] = {kind: [] for kind in KINDS}  # of which more can be drawn
+        self.newest: dict[str, Attempt] = {}  # the valid proposal of each canonical task
+
+    def propose(self, attempts: list[Attempt]) -> None:
+        """Have these proposals written."""
+        self.proposed = attempts
+        for attempt in attempts:
+            self.stream.respond(attempt, self.read_proposal, self.play.priority(attempt.role, attempt.kind))
+
+    def solve(self, tasks: dict[Kind, list[Task]]) -> None:
+        """Tasks from the buffers: all of them at once, or one for each proposal that is no new task."""
+        self.history = {kind: list(tasks[kind]) for kind in KINDS}
+        for kind in KINDS:
+            waiting = 0
+            if self.play.rules.solver_tasks == "this_step":
+                waiting = sum(attempt.kind is kind for attempt in self.proposed)
+            for _ in range(len(tasks[kind]) - waiting):
+                self.solve_old(kind)
+
+    def run(self) -> None:
+        """Until every response is judged."""
+        self.stream.run()
+
+    def store(self, most: int | None = None) -> None:
+        """Valid tasks enter their buffer in the order of proposals, up to `most` in each."""
+        for attempt in self.proposed:
+            if attempt.outcome is Outcome.VALID and attempt.task is not None:
+                if most is None or self.play.buffers.size(attempt.kind) < most:
+                    self.play.buffers.add(attempt.task)
+
+    def step(self) -> Step:
+        """All attempts, in an order that does not depend on time."""
+        estimates = [sample for proposal in self.proposed for sample in self.estimates.get(proposal, [])]
+        solutions = []
+        for kind in KINDS:
+            solutions += [self.fresh[a] for a in self.proposed if a.kind is kind and a in self.fresh] + self.old[kind]
+        return Step(self.number, self.proposed, estimates, solutions)
+
+    # What follows from a response
+
+    def read_proposal(self, attempt: Attempt) -> None:
+        """Format and static rules; what passes goes to the executor."""
+        play = self.play
+        inputs_wanted = play.config.tasks.induction_inputs
+        proposal = play.prompts.parse_proposal(attempt.kind, attempt.references, attempt.response)
+        attempt.proposal = proposal
+        if proposal is None:
+            return self.refuse(attempt, Outcome.BAD_FORMAT, "format")
+        reason = proposal_rejection(proposal, inputs_wanted)
+        if reason is not None:
+            return self.refuse(attempt, Outcome.INVALID, reason)
+        inputs = distinct_inputs(proposal.inputs)[:inputs_wanted]
+        attempt.proposal = replace(proposal, inputs=inputs)
+        self.stream.check(
+            attempt,
+            lambda name: Check(name, "validate", program=proposal.program, input=proposal.input, inputs=inputs),
+            self.validated,
+        )
+
+    def validated(self, attempt: Attempt, verdict: Verdict) -> None:
+        """A proposal that ran is a task; one that is too long, held out or known is of no use."""
+        play = self.play
+        if verdict.status == "infra":
+            attempt.scored = False
+        if verdict.status != "ok":
+            return self.refuse(attempt, Outcome.INVALID, verdict.reason or verdict.status)
+        task = play.task_of(attempt, verdict, self.number)
+        if not play.engine.fits(play.encode(play.prompts.solve(task))):
+            return self.refuse(attempt, Outcome.INVALID, "prompt_too_long")
+        attempt.task = task
+        if play.held_out(task.program):
+            return self.refuse(attempt, Outcome.DUPLICATE, "held_out")
+        if play.buffers.is_duplicate(task):
+            return self.refuse(attempt, Outcome.DUPLICATE, "duplicate")
+        rival = self.newest.get(task.key) if play.rules.duplicates == "reject" else None
+        if rival is not None and self.proposed.index(rival) < self.proposed.index(attempt):
+            return self.refuse(attempt, Outcome.DUPLICATE, "duplicate")
+        self.newest[task.key] = attempt
+        if rival is not None:
+            self.withdraw(rival)
+        attempt.outcome, attempt.reason = Outcome.VALID, ""
+        if self.pricing:
+            self.price(attempt, task)
+
+    def price(self, proposal: Attempt, task: Task) -> None:
+        """n solver samples at the rollout temperature (paper Eq. 4), and the solution that is trained on."""
+        samples = range(self.play.config.tasks.samples)
+        attempts = [self.play.solve_attempt(task, (*proposal.identity, "estimate", i)) for i in samples]
+        self.estimates[proposal] = list(attempts)
+        if self.play.rules.solver_tasks == "this_step":
+            self.fresh[proposal] = self.play.solve_attempt(task, (*proposal.identity, Role.SOLVE.value))
+            attempts.append(self.fresh[proposal])
+        for attempt in attempts:
+            self.stream.respond(attempt, self.read_answer, self.play.priority(attempt.role, attempt.kind))
+
+    def refuse(self, attempt: Attempt, outcome: Outcome, reason: str) -> None:
+        """A proposal that is no new task; the solver gets one from the buffer instead."""
+        attempt.outcome, attempt.reason = outcome, reason
+        if self.pricing and self.play.rules.solver_tasks == "this_step":
+            self.solve_old(attempt.kind)
+
+    def withdraw(self, rival: Attempt) -> None:
+        """An earlier proposal, written later, is the same task: this one was a duplicate."""
+        solution = self.fresh.pop(rival, None)
+        self.stream.drop(self.estimates.pop(rival, []) + ([solution] if solution else []))
+        self.refuse(rival, Outcome.DUPLICATE, "duplicate")
+
+    def solve_old(self, kind: Kind) -> None:
+        """A solution of the next task drawn from the buffer, if there is one."""
+        if self.history[kind]:
+            index = len(self.old[kind])
+            who = ("step", self.number, Role.SOLVE.value, kind.value, index)
+            self.old[kind].append(self.play.solve_attempt(self.history[kind].pop(0), who))
+            self.stream.respond(self.old[kind][-1], self.read_answer, self.play.priority(Role.SOLVE, kind))
+
+    def read_answer(self, attempt: Attempt) -> None:
+        """Parse an answer and have the executor verify it; the gold answer never reaches a program."""
+        assert attempt.task is not None
+        answer = self.play.prompts.parse_answer(attempt.kind, attempt.response)
+        attempt.answer = answer
+        if answer is not None:
+            task = attempt.task
+            self.stream.check(attempt, lambda name: answer_check(name, task, answer), self.judged)
+
+    def judged(self, attempt: Attempt, verdict: Verdict) -> None:
+        """The executor's word on an answer."""
+        attempt.correct = verdict.correct
+        attempt.scored = verdict.status != "infra"
 
 
 def answer_check(identity: str, task: Task, answer: str) -> Check:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
+from azr_jax.attempts import Attempt, Step
 from azr_jax.checkpoint import Checkpointer
 from azr_jax.config import PRESETS, Config
 from azr_jax.config_loader import config_to_yaml
@@ -36,7 +37,7 @@ from azr_jax.models.transformer import Params
 from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine
-from azr_jax.selfplay import Attempt, SelfPlay, Step
+from azr_jax.selfplay import SelfPlay
 from azr_jax.signals import GracefulStop
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.compact import CompactFormat
@@ -46,7 +47,7 @@ from azr_jax.telemetry.process import CompileCounter, resident_mb
 from azr_jax.telemetry.progress import LEGEND, Progress, before_after_table, comparisons
 from azr_jax.telemetry.report import write_report
 from azr_jax.telemetry.run_folder import RunFolder
-from azr_jax.telemetry.step_metrics import step_metrics
+from azr_jax.telemetry.step_metrics import engine_metrics, step_metrics
 from azr_jax.telemetry.wandb_sink import WandbSink
 from azr_jax.templates import choose_template, make_prompts
 
@@ -73,8 +74,9 @@ class Run:
             dtype=config.learn.dtype,
             windows=bool(self.model.sliding_layers),
         )
-        how = partial(attend, kind=kind, mesh=self.mesh)
-        self.engine = Engine(self.model, config.rollout, tokenizer, self.mesh, self.prompts.stop, how)
+        self.attend = partial(attend, kind=kind, mesh=self.mesh)
+        dtype = config.learn.dtype
+        self.engine = Engine(self.model, config.rollout, tokenizer, self.mesh, self.prompts.stop, kind, dtype)
         self.micro = isinstance(self.prompts, CompactFormat)  # the held-out sets speak this format only
         held_out = is_held_out if self.micro else lambda _: False
         self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, held_out)
@@ -89,11 +91,16 @@ class Run:
         self.skipped = 0  # updates in a row
         self.audited = False
 
+    def warm_up(self, params: Params) -> None:
+        """Compile the sampler's programs before they are needed."""
+        self.engine.load(params)
+        self.engine.warm_up()
+
     @cached_property
     def update(self) -> Update:
         """The compiled update; made once it is known which tokens are banned."""
-        engine = self.engine
-        return make_update(self.config, self.model, self.mesh, self.reference, engine.attend, engine.banned)
+        banned = self.engine.banned
+        return make_update(self.config, self.model, self.mesh, self.reference, self.attend, banned)
 
     def fresh_state(self) -> TrainState:
         """The state before the first update. The first call looks over the vocabulary."""
@@ -105,16 +112,11 @@ class Run:
         return init_state(weights, self.config, self.model, self.mesh)
 
     def first_weights(self) -> Params:
-        """The weights before the first update, as `sampling_weights` gives them."""
+        """The weights before the first update, as the learner's forward pass sees them."""
         return self._load(self.config.learn.dtype)
 
     def _load(self, dtype: str) -> Params:
         return load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), jnp.dtype(dtype))
-
-    def sampling_weights(self, state: TrainState) -> Params:
-        """The weights as the learner's forward pass sees them, so that sampler and learner agree."""
-        dtype = jnp.dtype(self.config.learn.dtype)
-        return state.params if dtype == jnp.float32 else jax.tree.map(lambda w: w.astype(dtype), state.params)
 
     def evaluator(self, params: Params) -> Evaluate:
         """Evaluate given weights on a list of tasks."""
@@ -124,6 +126,7 @@ class Run:
 
     def learn(self, state: TrainState, step: Step) -> tuple[TrainState, dict[str, float]]:
         """One policy-gradient update on a step's trajectories: six baselines, packed rows, one optimizer step."""
+        self.engine.release()  # weights and cache of the sampler make room for gradients
         trained = step.trained(self.config)
         trajectories = step.trajectories(self.config)
         if self.config.control == "no_updates" or not trajectories:
@@ -184,12 +187,13 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
         while number < config.steps and not stop.requested:
             started = time.monotonic()
             number += 1
-            step = run.selfplay.step(run.sampling_weights(state), number)
-            with run.selfplay.timed("update"):
-                state, learned = run.learn(state, step)
-            step.seconds = dict(run.selfplay.seconds)
+            before = replace(run.engine.stats)
+            step = run.selfplay.step(state.params, number)
+            rolled = time.monotonic()
+            state, learned = run.learn(state, step)
+            step.seconds["update"] = time.monotonic() - rolled
             metrics = step_metrics(step, run.selfplay.buffers, run.prompts) | learned
-            metrics |= _machine_metrics(run, step)
+            metrics |= engine_metrics(before, run.engine.stats, step.seconds["rollout"]) | _machine_metrics(run)
             if run.evaluation and (number % config.eval.every == 0 or number == config.steps):
                 metrics |= _timed_evaluation(run, state)
             metrics["time/step"] = time.monotonic() - started
@@ -213,7 +217,9 @@ def _resume_or_seed(
 ) -> tuple[TrainState, int] | None:
     """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0; None if stopped before."""
     fresh = run.fresh_state()
+    run.warm_up(fresh.params)
     if checkpoints.steps():
+        run.engine.release()
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
         del fresh  # there is room for one state only
         restored = checkpoints.restore(abstract)
@@ -232,7 +238,7 @@ def _resume_or_seed(
         return state, number
     folder.truncate_after(-1)
     log.info("seeding the buffers from the identity program")
-    if not run.selfplay.seed(run.sampling_weights(fresh), lambda: stop.requested):
+    if not run.selfplay.seed(fresh.params, lambda: stop.requested):
         return None
     log.info("seeded: %s", {kind.value: run.selfplay.buffers.size(kind) for kind in KINDS})
     metrics = run.selfplay.buffers.metrics(0)
@@ -253,26 +259,16 @@ def _save(checkpoints: Checkpointer, number: int, state: TrainState, run: Run, f
 def _timed_evaluation(run: Run, state: TrainState) -> dict[str, float]:
     assert run.evaluation is not None
     started = time.monotonic()
-    row = run.evaluation.measure(run.evaluator(run.sampling_weights(state)))
+    row = run.evaluation.measure(run.evaluator(state.params))
     shown = [f"{name} {100 * row[f'eval/sampled/{name}']:.1f}" for name in (*(k.value for k in KINDS), "pooled")]
     gains = [f"{mode} {100 * row[f'eval/gain/{mode}/pooled']:+.1f}" for mode in ("sampled", "greedy")]
     log.info("held-out pass@1 in %%, sampled: %s; gain so far: %s points", ", ".join(shown), ", ".join(gains))
     return row | {"time/eval": time.monotonic() - started}
 
 
-def _machine_metrics(run: Run, step: Step) -> dict[str, float]:
-    attempts = [*step.proposals, *step.estimates, *step.solutions]
-    tokens = sum(len(a.completion.tokens) for a in attempts if a.completion)
-    generating = step.seconds.get("propose", 0.0) + step.seconds.get("solve", 0.0)
-    truncated = sum(a.completion is not None and a.completion.finish == "length" for a in attempts)
-    return {
-        "sampler/sequences": float(len(attempts)),
-        "sampler/tokens": float(tokens),
-        "sampler/tokens_per_second": tokens / max(generating, 1e-9),
-        "sampler/truncated": truncated / max(len(attempts), 1),
-        "perf/rss_mb": resident_mb(),
-        "perf/compiles": float(run.compiles.programs),
-    } | {f"executor/{name}": value for name, value in run.pool.stats().items()}
+def _machine_metrics(run: Run) -> dict[str, float]:
+    executor = {f"executor/{name}": value for name, value in run.pool.stats().items()}
+    return {"perf/rss_mb": resident_mb(), "perf/compiles": float(run.compiles.programs)} | executor
 
 
 def _write(folder: RunFolder, run: Run, step: Step, metrics: dict[str, float]) -> None:
@@ -326,7 +322,7 @@ def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
     if run.micro and run.config.eval.final_per_kind:
         log.info("comparing before and after on fresh held-out tasks")
         before = run.evaluator(run.first_weights())
-        after = run.evaluator(run.sampling_weights(state))
+        after = run.evaluator(state.params)
         lines = fresh_comparison(before, after, run.config.eval.final_per_kind, run.config.seed)
         folder.write_outcome(to_json(lines))
     if lines:
@@ -339,7 +335,9 @@ def seed(config: Config, out: TextIO) -> int:
     config = with_template(config)
     with ExecutorPool(config.executor) as pool:
         run = Run(replace(config, eval=replace(config.eval, every=0)), pool)
-        run.selfplay.seed(run.sampling_weights(run.fresh_state()))
+        params = run.fresh_state().params
+        run.warm_up(params)
+        run.selfplay.seed(params)
         for kind in KINDS:
             for task in run.selfplay.buffers.tasks(kind):
                 out.write(json.dumps(task.to_json()) + "\n")

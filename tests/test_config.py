@@ -114,8 +114,8 @@ def test_round_trips(lr, temperature, steps, reuse, run_dir):
     [
         ("tasks.bach", "`tasks.batch`"),
         ("step", "`steps`"),
-        ("task.batch", "`tasks.batch` or `rollout.batch`"),
-        ("batch", "`tasks.batch` or `rollout.batch`"),
+        ("task.batch", "`tasks.batch`"),
+        ("every", "`eval.every` or `checkpoint.every`"),
         ("lr", "`learn.lr`"),
         ("learn.learning_rate", "`learn` has lr, schedule"),
         ("learn.entropy_coeff", "`learn.entropy_coef`"),

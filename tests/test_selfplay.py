@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from azr_jax.attempts import Attempt, Step
 from azr_jax.config import PRESETS, Config, ExecutorConfig, RolloutConfig, TasksConfig
 from azr_jax.errors import UserError
-from azr_jax.executor import ExecutorPool
+from azr_jax.executor import ExecutorPool, Verdict
+from azr_jax.executor import Request as Check
 from azr_jax.micro.language import is_held_out
-from azr_jax.rollout.request import Completion
-from azr_jax.selfplay import CONSTANT_LEARNABILITY, Attempt, SelfPlay, Step
+from azr_jax.selfplay import CONSTANT_LEARNABILITY, Round, SelfPlay
 from azr_jax.tasks.kinds import GROUPS, KINDS, Kind, Role, group_index
 from azr_jax.tasks.rewards import Outcome
 from azr_jax.telemetry.metrics import unknown_names
@@ -22,7 +23,7 @@ from azr_jax.train import Run
 
 CONFIG = Config(
     tasks=TasksConfig(batch=6, references=1, induction_inputs=4, samples=4, seed_factor=1),
-    rollout=RolloutConfig(max_prompt=96, max_response=64, batch=32),
+    rollout=RolloutConfig(max_prompt=96, max_response=64, slots=32, page=32, prefill_tokens=512),
     executor=ExecutorConfig(workers=1),
 )
 
@@ -36,13 +37,13 @@ def pool() -> Iterator[ExecutorPool]:
 @pytest.fixture(scope="module")
 def run(pool: ExecutorPool) -> Run:
     run = Run(CONFIG, pool)
-    run.selfplay.seed(run.sampling_weights(run.fresh_state()))
+    run.selfplay.seed(run.fresh_state().params)
     return run
 
 
 @pytest.fixture(scope="module")
 def step(run: Run) -> Step:
-    return run.selfplay.step(run.sampling_weights(run.fresh_state()), 1)
+    return run.selfplay.step(run.fresh_state().params, 1)
 
 
 def variant(run: Run, **changes: object) -> SelfPlay:
@@ -60,7 +61,7 @@ def test_seeding_fills_every_buffer_with_valid_new_tasks(run: Run) -> None:
 
 def test_seeding_stops_between_rounds(run: Run) -> None:
     play = variant(run)
-    assert not play.seed(run.sampling_weights(run.fresh_state()), stopped=lambda: True)
+    assert not play.seed(run.fresh_state().params, stopped=lambda: True)
     assert all(play.buffers.size(kind) == 0 for kind in KINDS)
 
 
@@ -130,7 +131,7 @@ def test_ids_reach_the_learner_untouched(step: Step) -> None:
 
 
 def test_a_step_is_a_function_of_weights_buffers_seed_and_number(run: Run, pool: ExecutorPool) -> None:
-    params = run.sampling_weights(run.fresh_state())
+    params = run.fresh_state().params
     results = []
     for seed in (0, 0, 1):
         play = variant(run, seed=seed)
@@ -142,10 +143,14 @@ def test_a_step_is_a_function_of_weights_buffers_seed_and_number(run: Run, pool:
 
 
 def test_held_out_programs_are_refused(run: Run) -> None:
-    params = run.sampling_weights(run.fresh_state())
+    params = run.fresh_state().params
     play = SelfPlay(CONFIG, run.engine, run.pool, run.prompts, held_out=lambda program: "return x" in program)
-    proposals = play.propose(params, 0, KINDS[:1], ("test",))
-    play.validate(proposals, 0)
+    play.engine.load(params)
+    made = Round(play, 0, pricing=False)
+    proposals = play.proposals(0, KINDS[:1], ("test",))
+    made.propose(proposals)
+    made.run()
+    made.store()
     refused = [a for a in proposals if a.reason == "held_out"]
     assert refused and all(a.outcome is Outcome.DUPLICATE for a in refused)
     assert not any("return x" in task.program for task in play.buffers.tasks(Kind.DEDUCTION))
@@ -160,7 +165,7 @@ def test_prompts_that_never_fit_are_named_as_the_mistake(run: Run) -> None:
 
 @pytest.mark.parametrize("control", ["random_rewards", "constant_learnability"])
 def test_controls_change_only_rewards(run: Run, control: str) -> None:
-    params = run.sampling_weights(run.fresh_state())
+    params = run.fresh_state().params
     plain, controlled = variant(run), variant(run, control=control)
     steps = []
     for play in (plain, controlled):
@@ -177,7 +182,7 @@ def test_controls_change_only_rewards(run: Run, control: str) -> None:
 
 
 def test_presets_reach_the_step(run: Run) -> None:
-    params = run.sampling_weights(run.fresh_state())
+    params = run.fresh_state().params
     play = variant(run, preset="reference")
     assert play.rules is PRESETS["reference"]
     play.seed(params)
@@ -191,19 +196,25 @@ def test_presets_reach_the_step(run: Run) -> None:
 
 def test_what_our_own_fault_left_unjudged_is_not_trained_on(run: Run) -> None:
     class Broken:
-        def run_all(self, requests: list) -> list:
-            from azr_jax.executor import Verdict
+        """A pool that answers everything with `infra`."""
 
-            return [Verdict(id=request.id, status="infra") for request in requests]
+        def __init__(self) -> None:
+            self.asked: list[Check] = []
+
+        def submit(self, requests: list[Check]) -> None:
+            self.asked += requests
+
+        def poll(self, timeout: float = 0.0) -> list[Verdict]:
+            asked, self.asked = self.asked, []
+            return [Verdict(id=request.id, status="infra") for request in asked]
 
     play = SelfPlay(CONFIG, run.engine, Broken(), run.prompts)  # type: ignore[arg-type]
-    task = run.selfplay.buffers.tasks(Kind.DEDUCTION)[0]
-    attempt = play.solve_attempt(task, ("test",))
-    attempt.completion = Completion(np.array([2], np.int32), np.zeros(1, np.float32), "eos")
-    attempt.response = "<ans>1"
-    play.judge([attempt])
-    assert not attempt.scored
-    assert Step(1, [], [], [attempt]).trained(CONFIG) == []
+    play.buffers = run.selfplay.buffers
+    step = play.step(run.fresh_state().params, 50)
+    unjudged = [a for a in step.solutions if a.answer is not None]
+    assert unjudged and not any(a.scored for a in unjudged)
+    assert not any(a.scored for a in step.proposals if a.reason == "infra")
+    assert all(a.answer is None for a in step.trained(CONFIG))
 
 
 def test_metrics_are_in_the_glossary(run: Run, step: Step) -> None:
@@ -214,9 +225,8 @@ def test_metrics_are_in_the_glossary(run: Run, step: Step) -> None:
 
 def test_prompts_that_do_not_fit_lose_references_not_the_run(run: Run) -> None:
     play = variant(run, tasks=replace(CONFIG.tasks, references=6))
-    params = run.sampling_weights(run.fresh_state())
     play.buffers = run.selfplay.buffers
-    attempts: list[Attempt] = play.propose(params, 9, [Kind.DEDUCTION], ("test",))
+    attempts: list[Attempt] = play.proposals(9, [Kind.DEDUCTION], ("test",))
     assert len(attempts) == CONFIG.tasks.batch
     assert all(run.engine.fits(a.prompt) and a.role is Role.PROPOSE for a in attempts)
     assert any(len(a.references) < 6 for a in attempts)

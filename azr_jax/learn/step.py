@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from azr_jax.config import Config
 from azr_jax.dist.mesh import replicated, row_sharding, row_shards
-from azr_jax.learn.logprobs import next_token_logprobs
+from azr_jax.learn.logprobs import chunk_tokens, next_token_logprobs
 from azr_jax.learn.loss import Totals, policy_loss
 from azr_jax.learn.optimizer import learning_rate, make_optimizer
 from azr_jax.learn.packing import PackedBatch
@@ -54,7 +54,7 @@ def row_logprobs(
     """Log-probability of every token given its prefix, and the entropy it was drawn with: float32 [B, T] each.
 
     Aligned with tokens: position t is about token t. Position 0 of a segment has no prefix in it; there the values
-    are meaningless (the loss mask is 0).
+    are meaningless. With a `loss_mask` in `rows`, both are computed where it is set and 0 elsewhere.
     """
     hidden = forward(
         params,
@@ -67,7 +67,9 @@ def row_logprobs(
         attend=attend,
     )
     targets = jnp.roll(rows["tokens"], -1, axis=1)
-    logprobs, entropy = next_token_logprobs(params, model_config, hidden, targets, temperature, banned=banned)
+    wanted = jnp.roll(rows["loss_mask"], -1, axis=1) > 0 if "loss_mask" in rows else None
+    at_once = chunk_tokens(model_config) * row_shards(mesh)
+    logprobs, entropy = next_token_logprobs(params, model_config, hidden, targets, temperature, at_once, banned, wanted)
     return jnp.roll(logprobs, 1, axis=1), jnp.roll(entropy, 1, axis=1)
 
 
@@ -212,7 +214,7 @@ def make_logprobs(
             rows = {name: lax.dynamic_index_in_dim(array, index, keepdims=False) for name, array in batch.items()}
             rows = lax.with_sharding_constraint(rows, row_sharding(mesh))
             logprobs, _ = row_logprobs(weights, model_config, rows, config.rollout.temperature, mesh, banned=banned)
-            return lax.dynamic_update_index_in_dim(out, logprobs * rows["loss_mask"], index, axis=0)
+            return lax.dynamic_update_index_in_dim(out, logprobs, index, axis=0)
 
         return lax.fori_loop(0, n_micro, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
 

@@ -1,9 +1,8 @@
 """Attention for training, prefill and decoding, with one rule of who sees whom.
 
 What stands here is plain XLA and runs everywhere: it is the reference that the faster kernels (attention_kernels.py,
-behind the same functions) are tested against. Long rows are never expanded to [T, T] scores: queries go through in
-chunks, recomputed in the backward pass, and pages are read a block at a time. Which kernel a run uses is decided in
-attention_choice.py; here `kind` says it.
+behind the same functions) are tested against. Long rows are never expanded to [T, T] scores (attention_blocks.py), and
+pages are read a block at a time. Which kernel a run uses is decided in attention_choice.py; here `kind` says it.
 """
 
 from __future__ import annotations
@@ -16,40 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from azr_jax.models.attention_blocks import SMALLEST_BLOCK, attend_blocks
+from azr_jax.models.visibility import Visibility
+
 Array = jax.Array
-
-#: Scores computed at once, over all rows and heads: 512 MiB of float32. Below it all queries go in one piece.
-SCORES_AT_ONCE = 2**27
-
-#: Fewest queries in a chunk: smaller matrix products would leave an accelerator idle.
-SMALLEST_CHUNK = 128
 
 #: Tokens of a paged cache read at once.
 PAGED_TOKENS = 256
-
-
-class Visibility(NamedTuple):
-    """Query i sees key j when both are in the same segment, and j's position is not after i's (nor out of its window).
-
-    Segment 0 is padding: it sees nothing, nothing sees it. Positions count from 0 in each segment.
-    """
-
-    q_segments: Array  # int32 [B, T]
-    k_segments: Array  # int32 [B, S]
-    q_positions: Array  # int32 [B, T]
-    k_positions: Array  # int32 [B, S]
-
-    @classmethod
-    def within(cls, segments: Array, positions: Array) -> Visibility:
-        """Tokens of packed rows among themselves: int32 [B, T] each."""
-        return cls(segments, segments, positions, positions)
-
-    def mask(self, window: int | None = None) -> Array:
-        """bool [B, T, S]: who sees whom. window: how many positions a query sees at most, its own included."""
-        distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
-        same = (self.q_segments[:, :, None] == self.k_segments[:, None, :]) & (self.q_segments != 0)[:, :, None]
-        seen = same & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
 
 
 def attend(
@@ -73,12 +45,9 @@ def attend(
     """
     if kind != "xla":
         return _attend_kernel(q, k, v, visibility, scale, window, kind, mesh)
-    b, t, h, _ = q.shape
-    chunk = max(SMALLEST_CHUNK, SCORES_AT_ONCE // (b * h * k.shape[1]))
-    if t <= chunk:
-        return _attend_piece(q, k, v, visibility, scale, window)
-    chunks = -(-t // chunk)
-    return _attend_chunks(q, k, v, visibility, scale, window, -(-t // chunks))
+    if max(q.shape[1], k.shape[1]) > SMALLEST_BLOCK:
+        return attend_blocks(q, k, v, visibility, scale, window)
+    return _attend_piece(q, k, v, visibility, scale, window)
 
 
 def _attend_kernel(
@@ -100,56 +69,71 @@ def _attend_kernel(
 
 
 def _attend_piece(q: Array, k: Array, v: Array, visibility: Visibility, scale: float, window: int | None) -> Array:
-    """`attend` with all scores [B, KV, H / KV, T, S] at once."""
+    """`attend` with all scores [B, KV, H / KV * T, S] at once."""
     b, t, h, hd = q.shape
-    kv = k.shape[2]
+    kv, s = k.shape[2], k.shape[1]
     seen = visibility.mask(window)  # [B, T, S]
-    q = q.reshape(b, t, kv, h // kv, hd)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, h, hd)
+    # Heads before tokens: XLA's matrix products on CPU are slow on any other order.
+    q = q.reshape(b, t, kv, h // kv, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, hd)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, KV, S, hd]
+    scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(seen[:, None, None], scores.reshape(b, kv, h // kv, t, s), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv, -1, s)
+    out = jnp.einsum("bkms,bksh->bkmh", weights, v).reshape(b, kv, h // kv, t, hd)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, hd)
     return jnp.where(jnp.any(seen, axis=-1)[:, :, None, None], out, 0)
 
 
-def _attend_chunks(
-    q: Array, k: Array, v: Array, visibility: Visibility, scale: float, window: int | None, chunk: int
-) -> Array:
-    """`attend` with the scores of `chunk` queries at a time, in the forward and in the backward pass."""
-    t = q.shape[1]
-    # The gradients of k and v are sums over chunks: float32 here makes them be summed in float32.
-    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
-
-    @jax.checkpoint
-    def piece(queries: tuple[Array, Array, Array], k32: Array, v32: Array) -> Array:
-        q, segments, positions = queries
-        seen = visibility._replace(q_segments=segments, q_positions=positions)
-        return _attend_piece(q, k32.astype(k.dtype), v32.astype(v.dtype), seen, scale, window)
-
-    def split(x: Array) -> Array:  # [B, T, ...] -> [T / chunk, B, chunk, ...], padded with segment 0
-        x = jnp.pad(x, ((0, 0), (0, -t % chunk), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-    queries = jax.tree.map(split, (q, visibility.q_segments, visibility.q_positions))
-    out = lax.map(lambda chunk: piece(chunk, k32, v32), queries)  # [T / chunk, B, chunk, H, hd]
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :t]
-
-
 def attend_decode(
-    q: Array, k: Array, v: Array, visibility: Visibility, *, scale: float, window: int | None = None
+    q: Array, k: Array, v: Array, positions: Array, *, scale: float, window: int | None = None, chunk: int = 0
 ) -> Array:
     """One query a row over a cache: q [B, 1, H, hd], k and v [B, KV, N, hd] -> [B, 1, H, hd] in v's dtype.
 
-    Multiply-and-sum rather than matrix products: with one query a row it is bound by reading the cache, and XLA
-    fuses it into one pass on CPU. Columns not written yet have positions after the query's.
+    positions int32 [B]: of the query, which sees columns 0 to its own. chunk: columns read at once, a divisor of N;
+    then chunks after the last position of all rows are not read, and a row's result does not depend on N, bit for bit.
+    0: all N at once.
+    Multiply-and-sum rather than matrix products: with one query a row it is bound by reading the cache, and XLA fuses
+    it into one pass on CPU.
     """
     b, _, h, hd = q.shape
-    kv = k.shape[1]
-    seen = visibility.mask(window)[:, 0]  # [B, N]
+    kv, n = k.shape[1:3]
+    size = chunk or n
     q = q.reshape(b, kv, h // kv, 1, hd).astype(jnp.float32)
-    scores = jnp.sum(q * k[:, :, None], axis=-1) * scale  # [B, KV, G, N]
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1)
-    return jnp.sum(weights[..., None] * v[:, :, None], axis=-2).reshape(b, 1, h, hd).astype(v.dtype)
+
+    def read(index: Array | int, carry: Softmax) -> Softmax:
+        keys, values = (lax.dynamic_slice_in_dim(x, index * size, size, axis=2) for x in (k, v))
+        distance = positions[:, None] - (index * size + jnp.arange(size))  # [B, size]
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        scores = jnp.sum(q * keys[:, :, None], axis=-1) * scale  # [B, KV, G, size]
+        scores = jnp.where(seen[:, None, None], scores, -1e30)
+        top = jnp.maximum(carry.top, jnp.max(scores, axis=-1))
+        weights = jnp.where(seen[:, None, None], jnp.exp(scores - top[..., None]), 0)
+        kept = jnp.exp(carry.top - top)  # 1 exactly for a row whose columns are all read
+        new = jnp.sum(weights[..., None] * values[:, :, None], axis=-2)
+        return Softmax(carry.total * kept[..., None] + new, carry.norm * kept + jnp.sum(weights, axis=-1), top)
+
+    start = Softmax.empty((b, kv, h // kv), hd)
+    if not chunk:
+        return read(0, start).result().reshape(b, 1, h, hd).astype(v.dtype)
+    live = jnp.minimum(jnp.max(positions) // size + 1, n // size)
+    return lax.fori_loop(0, live, read, start).result().reshape(b, 1, h, hd).astype(v.dtype)
+
+
+class Softmax(NamedTuple):
+    """A softmax-weighted sum in the making, over keys that come in pieces. S: any shape of queries."""
+
+    total: Array  # float32 [*S, hd], sum of exp(score - top) * value
+    norm: Array  # float32 [*S], sum of exp(score - top)
+    top: Array  # float32 [*S], largest score so far
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], hd: int) -> Softmax:
+        """Of no keys."""
+        return cls(jnp.zeros((*shape, hd)), jnp.zeros(shape), jnp.full(shape, -1e30))
+
+    def result(self) -> Array:
+        """float32 [*S, hd]; zeros where there was no key."""
+        return self.total / jnp.where(self.norm == 0, 1, self.norm)[..., None]
 
 
 def attend_paged(
@@ -160,15 +144,18 @@ def attend_paged(
     *,
     scale: float,
     window: int | None = None,
+    scales: Array | None = None,
     kind: str = "xla",
     mesh: Mesh | None = None,
 ) -> Array:
     """The newest T tokens of each row over a cache in pages -> [B, T, H, hd] in q's dtype.
 
-    q [B, T, H, hd]; pages [P, page_size, 2 KV, hd] with keys at even and values at odd heads (as the TPU kernel wants
-    them), possibly with columns of padding after hd; table int32 [B, max_pages]: the pages of a row, in order, any
-    valid page where it has no more; lengths int32 [B]: tokens in the cache, the T new ones included. A query whose
-    position lengths - T + t is negative is padding and gives zeros, so an empty slot has length 0.
+    q [B, T, H, hd]; pages [S, P, page_size, 2 KV, hd] with keys at even and values at odd heads (as the TPU kernel
+    wants them), possibly with columns of padding after hd; S shards, each with B / S of the rows, in order.
+    table int32 [B, max_pages]: the pages of a row, in order and counted in its shard, any valid page where it has no
+    more; lengths int32 [B]: tokens in the cache, the T new ones included. A query whose position lengths - T + t is
+    negative is padding and gives zeros, so an empty slot has length 0.
+    scales [S, P, page_size, 2 KV]: what int8 pages are to be multiplied with; None: pages are what they say.
     kind: "splash" uses the TPU's ragged paged kernel where it can (`attention_kernels.ragged_can`), all others XLA.
     A row's result depends on its own tokens alone, bit for bit: not on other rows, lengths or page numbers.
     """
@@ -177,17 +164,44 @@ def attend_paged(
 
         if attention_kernels.ragged_can(pages):
             return attention_kernels.ragged(q, pages, table, lengths, scale, window, mesh)
+    shards, page = pages.shape[0], pages.shape[2]
+    block = max(1, PAGED_TOKENS // page)  # pages read at once
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % block)))
+    live_blocks = (jnp.max(lengths) + block * page - 1) // (block * page)
+
+    def own(x: Array) -> Array:  # [B, ...] -> [S, B / S, ...]
+        return x.reshape(shards, -1, *x.shape[1:])
+
+    def of_shard(q: Array, pages: Array, scales: Array | None, table: Array, lengths: Array) -> Array:
+        return _attend_pages(q, pages, scales, table, lengths, live_blocks, block, scale, window)
+
+    parts = jax.vmap(of_shard)(own(q), pages, scales, own(table), own(lengths))
+    return parts.reshape(q.shape).astype(q.dtype)
+
+
+def _attend_pages(
+    q: Array,
+    pages: Array,
+    scales: Array | None,
+    table: Array,
+    lengths: Array,
+    live_blocks: Array,
+    block: int,
+    scale: float,
+    window: int | None,
+) -> Array:
+    """`attend_paged` in one shard, reading `block` pages of every row at a time."""
     b, t, h, hd = q.shape
     page, kv = pages.shape[1], pages.shape[2] // 2
-    block = max(1, PAGED_TOKENS // page)  # pages read at once
     positions = lengths[:, None] - t + jnp.arange(t)  # [B, T]
     q = q.reshape(b, t, kv, h // kv, hd)
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % block)))
 
-    def read(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, norm, largest = carry  # [B, KV, G, T, hd], [B, KV, G, T] twice
-        blocks = pages[lax.dynamic_slice_in_dim(table, index * block, block, axis=1)]  # [B, block, page, 2 KV, hd]
-        blocks = blocks.reshape(b, block * page, kv, 2, -1)[..., :hd]
+    def read(index: Array, carry: Softmax) -> Softmax:
+        chosen = lax.dynamic_slice_in_dim(table, index * block, block, axis=1)
+        blocks = pages[chosen][..., :hd]  # [B, block, page, 2 KV, hd]
+        if scales is not None:
+            blocks = blocks.astype(q.dtype) * scales[chosen][..., None].astype(q.dtype)
+        blocks = blocks.reshape(b, block * page, kv, 2, hd)
         keys, values = blocks[:, :, :, 0], blocks[:, :, :, 1]  # [B, S, KV, hd]
         at = jnp.broadcast_to(index * block * page + jnp.arange(block * page), (b, block * page))
         live = (at < lengths[:, None]).astype(jnp.int32)
@@ -195,17 +209,13 @@ def attend_paged(
         values = jnp.where(live[:, :, None, None] == 1, values, 0)  # memory never written may hold NaN
         scores = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * scale
         scores = jnp.where(seen, scores, -1e30)
-        top = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        top = jnp.maximum(carry.top, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0)
-        kept = jnp.exp(largest - top)  # 1 exactly for a row whose pages are all read
-        norm = norm * kept + jnp.sum(weights, axis=-1)
+        kept = jnp.exp(carry.top - top)  # 1 exactly for a row whose pages are all read
+        norm = carry.norm * kept + jnp.sum(weights, axis=-1)
         weights = weights.astype(values.dtype)
         new = jnp.einsum("bkgts,bskh->bkgth", weights, values, preferred_element_type=jnp.float32)
-        return total * kept[..., None] + new, norm, top
+        return Softmax(carry.total * kept[..., None] + new, norm, top)
 
-    shape = (b, kv, h // kv, t)
-    start = jnp.zeros((*shape, hd), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, -1e30, jnp.float32)
-    live_blocks = (jnp.max(lengths) + block * page - 1) // (block * page)
-    total, norm, _ = lax.fori_loop(0, live_blocks, read, start)
-    out = total / jnp.where(norm == 0, 1, norm)[..., None]
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, hd).astype(q.dtype)
+    out = lax.fori_loop(0, live_blocks, read, Softmax.empty((b, kv, h // kv, t), hd)).result()
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, hd)

@@ -166,8 +166,8 @@ def _real(visibility: Visibility) -> Array:
 
 
 def ragged_can(pages: Array) -> bool:
-    """Whether the ragged kernel takes these pages: heads of 128 columns (narrower ones padded to it)."""
-    return pages.shape[3] == LANES
+    """Whether the ragged kernel takes these pages: not int8, heads of 128 columns (narrower ones padded to it)."""
+    return pages.shape[-1] == LANES and pages.dtype != jnp.int8
 
 
 def ragged(
@@ -179,30 +179,39 @@ def ragged(
     window: int | None,
     mesh: Mesh | None,
 ) -> Array:
-    """TPU ragged paged attention: `attend_paged` for pages of 128 columns, heads over tensor where they divide."""
+    """TPU ragged paged attention: `attend_paged` for pages of 128 columns.
+
+    On a mesh shards of rows and pages lie over data, heads over tensor where they divide.
+    """
 
     def kernel(q: Array, pages: Array, table: Array, lengths: Array) -> Array:
         b, t, h, hd = q.shape
         positions = lengths[:, None] - t + jnp.arange(t)  # [B, T]
         out = ragged_paged_attention(
             jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, LANES - hd))).reshape(b * t, h, LANES),
-            pages,
+            pages[0],
             jnp.maximum(lengths, 1),  # the kernel waits forever for a row without tokens
             table,
             t * jnp.arange(b + 1, dtype=jnp.int32),
             jnp.full(1, b, jnp.int32),
             sm_scale=scale,
             sliding_window=window,
-            num_kv_pages_per_block=min(table.shape[1], max(1, RAGGED_TOKENS // pages.shape[1])),
+            num_kv_pages_per_block=min(table.shape[1], max(1, RAGGED_TOKENS // pages.shape[2])),
             num_queries_per_block=min(b * t, 8 if t == 1 else 32),
             vmem_limit_bytes=RAGGED_VMEM,
         )
         return jnp.where((positions >= 0)[:, :, None, None], out.reshape(b, t, h, LANES)[..., :hd], 0)
 
     if mesh is None:
+        if pages.shape[0] != 1:
+            raise ValueError(f"{pages.shape[0]} shards of pages need the mesh they lie on")
         return kernel(q, pages, table, lengths)
-    heads = "tensor" if pages.shape[2] // 2 % mesh.shape["tensor"] == 0 else None
-    split, whole = PartitionSpec(None, None, heads), PartitionSpec()
-    return jax.shard_map(kernel, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=split, check_vma=False)(
-        q, pages, table, lengths
-    )
+    heads = "tensor" if pages.shape[3] // 2 % mesh.shape["tensor"] == 0 else None
+    rows, split = PartitionSpec("data"), PartitionSpec("data", None, heads)
+    return jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(split, PartitionSpec("data", None, None, heads), rows, rows),
+        out_specs=split,
+        check_vma=False,
+    )(q, pages, table, lengths)

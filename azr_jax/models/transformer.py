@@ -17,9 +17,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from azr_jax.models.attention import Visibility, attend
+from azr_jax.models.attention import attend
 from azr_jax.models.config import ModelConfig
+from azr_jax.models.projection import project
 from azr_jax.models.rope import rotate
+from azr_jax.models.visibility import Visibility
 
 Params = dict[str, Any]
 Array = jax.Array
@@ -139,16 +141,16 @@ def block(x: Array, w: Params, config: ModelConfig, angles: Angles, attention: A
     `attention(q, k, v)` gets rotated q [B, T, H, hd], k and v [B, T, KV, hd] and returns ([B, T, H, hd], kept).
     """
     y = rms_norm(x, w["attn_norm"], config)
-    q, k, v = (jnp.einsum("btd,dnh->btnh", y, w[name]) for name in ("q", "k", "v"))
+    q, k, v = (project(y, w[name]) for name in ("q", "k", "v"))
     if config.attention_bias:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if config.qk_norm:
         q, k = rms_norm(q, w["q_norm"], config), rms_norm(k, w["k_norm"], config)
     out, kept = attention(rotate(q, angles), rotate(k, angles), v)
-    y = jnp.einsum("btnh,nhd->btd", out, w["o"])
+    y = project(out, w["o"])
     x = x + (rms_norm(y, w["attn_post_norm"], config) if config.post_norms else y)
     y = rms_norm(x, w["mlp_norm"], config)
-    y = (_activate(y @ w["gate"], config) * (y @ w["up"])) @ w["down"]
+    y = project(_activate(project(y, w["gate"]), config) * project(y, w["up"]), w["down"])
     return x + (rms_norm(y, w["mlp_post_norm"], config) if config.post_norms else y), kept
 
 

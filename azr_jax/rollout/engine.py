@@ -1,47 +1,73 @@
-"""The sampler: any number of requests through fixed batches, on whatever mesh holds the weights.
+"""The rollout engine: requests come and go at any time, the device decodes whatever is there, block after block.
 
-Requests are sorted into batches by prompt length. A batch is prefilled (each distinct prompt once), then decoded in
-blocks; between blocks the host collects finished rows and, when few are left, moves the rest into a smaller batch, so
-that one long response does not keep a whole batch running. Shapes come from a short list, so compiled programs are
-reused. Not here yet: refilling freed rows, a paged cache, one stream for all roles.
+`submit` queues, `step` keeps the device going, `poll` hands out what is finished. Between two blocks the host only
+moves slots and pages (scheduler.py); texts are read, and stop strings looked for, while the next block runs. All
+programs are compiled before the first request (`warm_up`): one prefill for each padded length of prompts, one decode
+for each width of table. A completion depends on its request and the weights alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from azr_jax.config import RolloutConfig
-from azr_jax.models.attention import attend
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import Tokenizer
-from azr_jax.models.transformer import Attend, Params
-from azr_jax.rollout.decode import DecodeState, decode, keep_rows, start
-from azr_jax.rollout.request import Completion, Request
+from azr_jax.models.transformer import Params
+from azr_jax.rollout.device import Device
+from azr_jax.rollout.programs import Block, Slots
+from azr_jax.rollout.request import Completion, Filters, Request
+from azr_jax.rollout.sampling import Filtering
+from azr_jax.rollout.scheduler import Plan, Scheduler
+from azr_jax.rollout.scheduler import Sequence as Running
+from azr_jax.rollout.weights import decode_mesh
 
-PROMPT_BUCKETS = 2  # prompts are padded to max_prompt or half of it
-SMALLEST_BATCH_SHARE = 8  # batches come in config.batch / 1, 2, 4 and 8 rows
+ENOUGH_SHARE = 8  # with requests waiting, a block ends early when one slot in 8 is done
 
 
 @dataclass
 class EngineStats:
-    """Totals since the engine was made."""
+    """Totals since the engine was made; seconds are of wall time."""
 
-    tokens: int = 0
     sequences: int = 0
-    truncated: int = 0
+    tokens: int = 0  # of responses
+    truncated: int = 0  # responses
+    blocks: int = 0
+    slot_steps: int = 0  # slots times decode steps, used or not
+    prefilled: int = 0  # prompts
+    shared: int = 0  # prompts that were there already
+    preempted: int = 0  # sequences that had to start over
+    device_seconds: float = 0.0  # the device had work of ours
+    wait_seconds: float = 0.0  # of these, the host had none
+    plan_seconds: float = 0.0
+    launch_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+
+@dataclass
+class _Flight:
+    """A block on the device, and when it was launched and will have been ready."""
+
+    sequences: list[Running]
+    block: Block
+    launched: float
+    ready: Future[float]
 
 
 @dataclass
 class Engine:
     """Generates completions. `stop` are strings that end a response (besides the tokenizer's end-of-sequence ids).
 
-    `attend` computes attention over prompts (see models/attention.py). `banned`, bool [V], are tokens never sampled.
+    mesh: any mesh; the engine decodes on those of its devices that belong to this host. dtype: of the weights it keeps.
+    attention: "xla", "splash" or "cudnn" (see models/attention_choice.py).
     """
 
     model: ModelConfig
@@ -49,36 +75,136 @@ class Engine:
     tokenizer: Tokenizer
     mesh: Mesh
     stop: tuple[str, ...] = ()
-    attend: Attend = attend
-    banned: jax.Array | None = None
+    attention: str = "xla"
+    dtype: str = "float32"
     stats: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self) -> None:
-        smallest = max(1, self.config.batch // SMALLEST_BATCH_SHARE)
-        self._sizes = [self.config.batch]
-        while self._sizes[-1] // 2 >= smallest:
-            self._sizes.append(self._sizes[-1] // 2)
-        half = -(-self.config.max_prompt // PROMPT_BUCKETS)
-        self._buckets = [half, self.config.max_prompt]
-        self._eos = jnp.asarray(sorted(self.tokenizer.eos_ids), jnp.int32)
+        local = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
+        mesh = decode_mesh(self.model, sorted(local, key=lambda d: d.id))
+        shards = int(mesh.shape["data"])
+        slots = -(-self.config.slots // shards) * shards
+        eos = self.tokenizer.eos_ids
+        self._device = Device(self.model, self.config, mesh, slots, eos, self.attention, self.dtype)
+        self._scheduler: Scheduler | None = None
+        self._version = 0
+        self._live: dict[object, Running] = {}
+        self._flight: _Flight | None = None
+        self._done: dict[object, Completion] = {}
+        self._device_ready = 0.0  # when the last block was
+        # Knows when a block is ready while this thread does other things.
+        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+
+    # Weights
+
+    @property
+    def banned(self) -> jax.Array | None:
+        """bool [V], tokens never sampled; set before `warm_up`."""
+        return self._device.banned
+
+    @banned.setter
+    def banned(self, tokens: jax.Array | None) -> None:
+        self._device.banned = tokens
+
+    def load(self, params: Params, version: int = 0) -> None:
+        """Sample from `params` (the learner's, any mesh and dtype) from now on; the cache starts empty.
+
+        ValueError while requests are under way: a rollout is of one version of the weights.
+        """
+        if self._live:
+            raise ValueError("the engine is busy: its weights cannot change")
+        if not self._device.holds(params):
+            self.release()
+            self._device.load(params)
+        self._version = version
+
+    def release(self) -> None:
+        """Give up weights and cache, so that the learner has the memory. ValueError while requests are under way."""
+        if self._live:
+            raise ValueError("the engine is busy: its weights cannot go")
+        if self._scheduler is not None:
+            self._scheduler.forget_prefixes()
+        self._flight = None
+        self._device.release()
+
+    def warm_up(self) -> None:
+        """Compile all programs, with progress in the log; `load` comes first."""
+        self._device.warm_up()
+
+    # Requests
 
     def fits(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt is within max_prompt."""
         return 0 < len(prompt) <= self.config.max_prompt
 
-    def generate(self, params: Params, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the order of requests. ValueError: a prompt that is empty or longer than max_prompt."""
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests, all or none.
+
+        ValueError: a prompt that is empty or longer than max_prompt, max_tokens below 1, an id that is under way.
+        """
+        requests = list(requests)
+        names = {*self._live, *self._done}
         for request in requests:
             if not self.fits(request.prompt):
                 raise ValueError(f"a prompt has {len(request.prompt)} tokens, not 1 to {self.config.max_prompt}")
-        done: dict[int, Completion] = {}
-        for bucket, low in zip(self._buckets, [0, self._buckets[0]], strict=True):
-            chosen = [i for i, r in enumerate(requests) if low < len(r.prompt) <= bucket]
-            chosen.sort(key=lambda i: requests[i].prompt)  # samples of one prompt side by side share its prefill
-            for first in range(0, len(chosen), self.config.batch):
-                self._run_batch(params, bucket, chosen[first : first + self.config.batch], requests, done)
-        self.stats.sequences += len(requests)
-        return [done[i] for i in range(len(requests))]
+            if request.max_tokens is not None and request.max_tokens < 1:
+                raise ValueError(f"max_tokens = {request.max_tokens} must be 1 or more")
+            if request.id in names:
+                raise ValueError(f"a request with id {request.id!r} is under way already")
+            names.add(request.id)
+        if self._scheduler is None:
+            device = self._device
+            each, layout = device.slots // device.shards, device.layout
+            self._scheduler = Scheduler(each, layout.pages, layout.page, self.config.block, device.shards)
+        for request in requests:
+            limit = min(request.max_tokens or self.config.max_response, self.config.max_response)
+            self._live[request.id] = self._scheduler.submit(request, limit)
+
+    def cancel(self, ids: Iterable[object]) -> None:
+        """Forget requests; ids that are unknown are left alone. Nothing is handed out for them."""
+        for name in ids:
+            self._done.pop(name, None)
+            sequence = self._live.pop(name, None)
+            if sequence is not None and not sequence.ended:
+                assert self._scheduler is not None
+                self._scheduler.end(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self._live)
+
+    def poll(self) -> dict[object, Completion]:
+        """What finished since the last call, by request id."""
+        done, self._done = self._done, {}
+        return done
+
+    def step(self) -> None:
+        """Wait for the block that runs, launch the next one, read texts meanwhile. To be called while `busy`."""
+        if self._scheduler is None:
+            raise ValueError("nothing was submitted")
+        landed = self._land()
+        started = time.monotonic()
+        plan = self._scheduler.plan()
+        planned = time.monotonic()
+        self._launch(plan)
+        launched = time.monotonic()
+        self._read(landed)
+        self.stats.plan_seconds += planned - started
+        self.stats.launch_seconds += launched - planned
+        self.stats.read_seconds += time.monotonic() - launched
+
+    def generate(self, params: Params, requests: Iterable[Request]) -> list[Completion]:
+        """Completions in the order of requests, whose ids are replaced. ValueError as `submit`, or if requests wait."""
+        self.load(params, self._version)
+        if self._live or self._done:
+            raise ValueError("the engine is busy with other requests")
+        numbered = [replace(request, id=i) for i, request in enumerate(requests)]
+        self.submit(numbered)
+        while self.busy:
+            self.step()
+        done = self.poll()
+        return [done[i] for i in range(len(numbered))]
 
     def text(self, completion: Completion) -> str:
         """A response for the parser. The token that completed a stop string may say more; that is cut off here only."""
@@ -87,85 +213,132 @@ class Engine:
             return text
         return text[: min(text.index(stop) + len(stop) for stop in self.stop if stop in text)]
 
-    def _size_for(self, rows: int) -> int:
-        return min(size for size in self._sizes if size >= rows)
+    # A block
 
-    def _place(self, array: np.ndarray) -> jax.Array:
-        """Split rows over the data and fsdp axes where they divide, else replicate."""
-        axes = ("data", "fsdp")
-        split = array.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(axes) if split else PartitionSpec()))
+    def _land(self) -> list[Running]:
+        """Wait for the block that runs and note what it brought; returns the sequences it was for."""
+        if self._flight is None:
+            return []
+        flight, self._flight = self._flight, None
+        started = time.monotonic()
+        ready = flight.ready.result()
+        block = jax.device_get(flight.block)
+        stats = self.stats
+        stats.wait_seconds += time.monotonic() - started
+        stats.device_seconds += ready - max(flight.launched, self._device_ready)
+        self._device_ready = ready
+        stats.blocks += 1
+        stats.slot_steps += self._device.slots * int(block.steps)
+        assert self._scheduler is not None
+        for sequence in flight.sequences:
+            if sequence.ended:  # cancelled, or a stop string was found while the block ran
+                continue
+            n, slot = int(block.counts[sequence.slot]), sequence.slot
+            sequence.tokens += block.tokens[slot, :n].tolist()
+            sequence.logprobs += block.logprobs[slot, :n].tolist()
+            sequence.eos = bool(block.eos[slot])
+            if sequence.eos or len(sequence.tokens) == sequence.limit:
+                self._scheduler.end(sequence)
+        return flight.sequences
 
-    def _start(self, params: Params, bucket: int, batch: list[Request], size: int) -> DecodeState:
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in batch))}
-        unique = size if len(distinct) > max(1, size // SMALLEST_BATCH_SHARE) else max(1, size // SMALLEST_BATCH_SHARE)
-        prompts = np.full((unique, bucket), self.tokenizer.pad_id, np.int32)
-        padding = np.full(unique, bucket - 1, np.int32)
-        for prompt, i in distinct.items():
-            prompts[i, bucket - len(prompt) :] = prompt
-            padding[i] = bucket - len(prompt)
-        source, key = np.zeros(size, np.int32), np.zeros((size, 2), np.uint32)
-        temperature, live = np.ones(size, np.float32), np.zeros(size, bool)
-        for row, request in enumerate(batch):
-            source[row], key[row] = distinct[request.prompt], request.key
-            temperature[row], live[row] = request.temperature, True
-        arrays = [self._place(x) for x in (prompts, padding, source, key, temperature, live)]
-        most = self.config.max_response
-        return start(params, self.model, *arrays, self._eos, most, self.attend, self.banned)
+    def _launch(self, plan: Plan) -> None:
+        """Queue prefills, copies and a block of decoding on the device."""
+        assert self._scheduler is not None
+        for name, count in self._scheduler.counts.items():
+            setattr(self.stats, name, count)
+        if not plan.running:
+            return
+        launched = time.monotonic()
+        self._device.prefill(plan.prefills)
+        if plan.copies:
+            self._device.copy(plan.copies)
+        running = plan.running
+        waiting = self._scheduler.waiting > 0
+        enough = max(1, self._device.slots // ENOUGH_SHARE) if waiting else len(running)
+        block = self._device.decode(self._slots(running), min(enough, len(running)), self._filtering(running))
+        self._flight = _Flight(running, block, launched, self._watcher.submit(_ready, block))
 
-    def _run_batch(
-        self, params: Params, bucket: int, chosen: list[int], requests: Sequence[Request], done: dict[int, Completion]
-    ) -> None:
-        size = self._size_for(len(chosen))
-        state = self._start(params, bucket, [requests[i] for i in chosen], size)
-        rows: list[tuple[int, int]] = list(enumerate(chosen))  # (row of the batch, request index) still running
-        while rows:
-            length, finished = jax.device_get((state.length, state.done))
-            stopped = self._stopped(state, rows) if self.stop else {}
-            ended = [row for row, _ in rows if finished[row] or row in stopped]
-            if ended:
-                tokens, logprobs = jax.device_get((state.tokens, state.logprobs))
-                for row, index in rows:
-                    if finished[row] or row in stopped:
-                        n = stopped.get(row, int(length[row]))
-                        done[index] = self._complete(tokens[row, :n].copy(), logprobs[row, :n].copy(), row in stopped)
-                gone = set(ended)
-                rows = [(row, index) for row, index in rows if row not in gone]
-                if not rows:
-                    return
-                smaller = self._size_for(len(rows))
-                if smaller < size or stopped:
-                    state, rows, size = self._shrink(state, rows, smaller), list(enumerate(i for _, i in rows)), smaller
-            state = decode(params, self.model, state, self._eos, self.config.block, self.banned)
+    def _slots(self, running: list[Running]) -> Slots:
+        b, most = self._device.slots, max(len(sequence.pages) for sequence in running)
+        width = min(width for width in self._device.widths if width >= most)
+        i32: Any = np.int32
+        token, generated, position = np.zeros(b, i32), np.zeros(b, i32), np.full(b, -1, i32)
+        limit, key, temperature = np.ones(b, i32), np.zeros((b, 2), np.uint32), np.ones(b, np.float32)
+        table = np.zeros((b, width), i32)
+        for s in running:
+            token[s.slot], position[s.slot], generated[s.slot] = s.newest, s.position, len(s.tokens)
+            limit[s.slot], key[s.slot], temperature[s.slot] = s.limit, s.request.key, s.request.temperature
+            table[s.slot, : len(s.pages)] = s.pages
+        arrays: Any = (token, position, generated, limit, key, temperature, table)
+        return Slots(*arrays)
 
-    def _shrink(self, state: DecodeState, rows: list[tuple[int, int]], size: int) -> DecodeState:
-        index, live = np.zeros(size, np.int32), np.zeros(size, bool)
-        index[: len(rows)] = [row for row, _ in rows]
-        live[: len(rows)] = True
-        return keep_rows(state, self._place(index), self._place(live))
+    def _filtering(self, running: list[Running]) -> Filtering | None:
+        """The filters of all slots, if any has some."""
+        if not any(sequence.request.filters for sequence in running):
+            return None
+        b, v = self._device.slots, self.model.vocab_size
+        names = ("top_k", "top_p", "min_p", "repetition", "presence", "frequency")
+        none, dtype = Filters(), {"top_k": np.int32}
+        values = {name: np.full(b, getattr(none, name), dtype.get(name, np.float32)) for name in names}
+        prompt, response = np.zeros((b, v), bool), np.zeros((b, v), np.int32)
+        for s in running:
+            if s.request.filters is None:
+                continue
+            for name in names:
+                values[name][s.slot] = getattr(s.request.filters, name)
+            prompt[s.slot, list(s.request.prompt)] = True
+            np.add.at(response[s.slot], s.tokens, 1)
+        arrays: Any = (*values.values(), prompt, response)
+        return Filtering(*arrays)
 
-    def _complete(self, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool) -> Completion:
-        self.stats.tokens += len(tokens)
-        if stopped:
-            return Completion(tokens, logprobs, "stop")
-        if int(tokens[-1]) in self.tokenizer.eos_ids:
-            return Completion(tokens, logprobs, "eos")
-        self.stats.truncated += 1
-        return Completion(tokens, logprobs, "length")
+    # Texts
 
-    def _stopped(self, state: DecodeState, rows: list[tuple[int, int]]) -> dict[int, int]:
-        """Rows whose text holds a stop string, with the number of tokens up to the one that completed it."""
-        tokens, length = jax.device_get((state.tokens, state.length))
-        cut: dict[int, int] = {}
-        for row, _ in rows:
-            ids = tokens[row, : length[row]]
-            # What came before the last block was searched after earlier ones; a stop string may begin in it.
-            tail = self.tokenizer.decode(ids[-(self.config.block + 2 * max(map(len, self.stop))) :])
-            if any(stop in tail for stop in self.stop):
-                low, high = 1, len(ids)  # text only grows with tokens, so bisection finds the first complete prefix
-                while low < high:
-                    middle = (low + high) // 2
-                    text = self.tokenizer.decode(ids[:middle])
-                    low, high = (low, middle) if any(stop in text for stop in self.stop) else (middle + 1, high)
-                cut[row] = low
-        return cut
+    def _read(self, landed: list[Running]) -> None:
+        """Look for stop strings in what a block brought and hand out what is finished."""
+        assert self._scheduler is not None
+        for sequence in landed:
+            if sequence.request.id not in self._live or self._live[sequence.request.id] is not sequence:
+                continue  # handed out or cancelled
+            cut = self._stop_cut(sequence) if self.stop else None
+            if cut is not None:
+                self._hand_out(sequence, cut, "stop")
+            elif sequence.ended:
+                self._hand_out(sequence, len(sequence.tokens), "eos" if sequence.eos else "length")
+
+    def _hand_out(self, sequence: Running, n: int, finish: Any) -> None:
+        assert self._scheduler is not None
+        if not sequence.ended:
+            self._scheduler.end(sequence)
+        del self._live[sequence.request.id]
+        tokens = np.asarray(sequence.tokens[:n], np.int32)
+        logprobs = np.asarray(sequence.logprobs[:n], np.float32)
+        self._done[sequence.request.id] = Completion(tokens, logprobs, finish, self._version)
+        self.stats.sequences += 1
+        self.stats.tokens += n
+        self.stats.truncated += finish == "length"
+
+    def _stop_cut(self, sequence: Running) -> int | None:
+        """The number of tokens up to the one that completed a stop string, if there is one."""
+        ids, seen = sequence.tokens, sequence.read
+        sequence.read = len(ids)
+        # What came before was searched before; a stop string may begin in it. A token may be part of a character, or
+        # nothing at all, so as many are taken as give text enough: blocks may end anywhere and must not matter.
+        longest = max(map(len, self.stop))
+        back = min(seen, 2 * longest)
+        while back < seen and len(self.tokenizer.decode(ids[seen - back : seen])) < 2 * longest:
+            back = min(seen, 2 * back)
+        tail = self.tokenizer.decode(ids[seen - back :])
+        if not any(stop in tail for stop in self.stop):
+            return None
+        low, high = 1, len(ids)  # text only grows with tokens, so bisection finds the first complete prefix
+        while low < high:
+            middle = (low + high) // 2
+            text = self.tokenizer.decode(ids[:middle])
+            low, high = (low, middle) if any(stop in text for stop in self.stop) else (middle + 1, high)
+        return low
+
+
+def _ready(block: Block) -> float:
+    """When a block was ready."""
+    jax.block_until_ready(block)
+    return time.monotonic()

@@ -85,17 +85,17 @@ class TaskBuffers:
             return [seed_task(kind)][:k]
         return rng.sample(stored, min(k, len(stored)))
 
-    def solver_batch(self, kind: Kind, size: int, step: int, rng: Random) -> list[Task]:
-        """`size` tasks for the solver: those proposed at `step` first, topped up uniformly from history.
+    def solver_batch(self, kind: Kind, size: int, step: int | None, rng: Random) -> list[Task]:
+        """`size` tasks for the solver: those proposed at `step` first (None: none), topped up uniformly from history.
 
-        `step` is this step or the last one, by the preset's `solver_tasks`. Top-up is without repetition while history
+        Top-up is without repetition while history
         lasts, then with. An empty buffer gives an empty batch.
         """
         stored = self._tasks[kind]
         if not stored:
             return []
         fresh = [index for index, task in enumerate(stored) if task.step == step]
-        if self._drop_newest and (missing := self._dropped[kind][step]):
+        if step is not None and self._drop_newest and (missing := self._dropped[kind][step]):
             # As released: the newest that are stored stand in for the new ones that were not.
             fresh = list(range(max(0, len(stored) - missing - len(fresh)), len(stored)))
         batch = fresh[-size:] if size else []

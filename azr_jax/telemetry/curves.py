@@ -65,7 +65,7 @@ CHARTS = (
     ),
     Chart("Learner", "Learning rate", (("learning rate", "learner/lr"),), number),
     Chart("Time", "Seconds a phase", _each("time/{}", [p for p in CHOICES["phase"] if p != "step"]), number),
-    Chart("Time", "Tokens a second, generating", (("tokens/s", "sampler/tokens_per_second"),), number),
+    Chart("Time", "Tokens a second, generating", (("tokens/s", "perf/tokens_per_second"),), number),
     Chart("Time", "Memory of the trainer, MiB", (("resident", "perf/rss_mb"),), number),
 )
 

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("greedy", "sampled"),
     "set": (*KIND_NAMES, "pooled", "longer", "bigger"),
     "category": CATEGORIES,
-    "phase": ("propose", "validate", "solve", "judge", "update", "eval", "step"),
+    "phase": ("rollout", "update", "eval", "step"),
 }
 
 #: group -> (what the group is about, {name without the group: definition})
@@ -112,18 +112,23 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
         {
             "sequences": "responses generated",
             "tokens": "tokens generated",
-            "tokens_per_second": "tokens generated over the time spent generating",
             "truncated": "share of responses cut at the length limit",
         },
     ),
     "time": (
-        "Wall-clock seconds of this step. `solve` generates the learnability samples and the solutions; `step` is the "
-        "whole, without writing files.",
+        "Wall-clock seconds of this step. `rollout` is everything from the first prompt to the last verdict; `step` is "
+        "the whole, without writing files.",
         {"{phase}": "seconds spent in one phase"},
     ),
     "perf": (
-        "Growth that should not happen.",
+        "What the work cost. These depend on the machine and on timing, as `time/` does; nothing else does.",
         {
+            "tokens_per_second": "tokens generated over the time of the rollout, waiting for the executor included",
+            "device_share": "share of the rollout's time in which the device had work",
+            "slot_use": "tokens over decode steps times slots: the share of the decoder's work that was kept",
+            "prefilled": "prompts whose keys and values were computed",
+            "shared": "responses that continue a prompt computed before",
+            "preempted": "responses that had to start over because the cache was full",
             "rss_mb": "resident memory of the trainer process, MiB",
             "compiles": "programs compiled so far; constant after the first steps",
         },

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from azr_jax.selfplay import Attempt, Step
+from azr_jax.attempts import Attempt, Step
+from azr_jax.rollout.engine import EngineStats
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.kinds import KINDS, Kind
 from azr_jax.tasks.prompts import PromptFormat
@@ -15,7 +16,7 @@ Row = dict[str, float]
 
 
 def step_metrics(step: Step, buffers: TaskBuffers, prompts: PromptFormat) -> Row:
-    """reward/, solve/, propose/, buffer/ and time/ metrics of a step."""
+    """reward/, solve/, propose/, buffer/, sampler/ and time/ metrics of a step."""
     row = buffers.metrics(step.number)
     for kind in KINDS:
         row |= _proposals([a for a in step.proposals if a.kind is kind], kind, prompts)
@@ -31,9 +32,27 @@ def step_metrics(step: Step, buffers: TaskBuffers, prompts: PromptFormat) -> Row
         if attempt.reason:
             name = f"propose/reject/{attempt.reason.partition(':')[0]}"  # what follows is the model's own word
             row[name] = row.get(name, 0.0) + 1.0
+    completions = [attempt.completion for attempt in step.attempts if attempt.completion is not None]
+    row["sampler/sequences"] = float(len(completions))
+    row["sampler/tokens"] = float(sum(len(completion.tokens) for completion in completions))
+    row["sampler/truncated"] = sum(c.finish == "length" for c in completions) / max(1, len(completions))
     for phase, seconds in step.seconds.items():
         row[f"time/{phase}"] = seconds
     return row
+
+
+def engine_metrics(before: EngineStats, after: EngineStats, seconds: float) -> Row:
+    """perf/ metrics of what the engine did in `seconds` between two states of its totals."""
+
+    def gained(name: str) -> float:
+        return float(getattr(after, name) - getattr(before, name))
+
+    row = {f"perf/{name}": gained(name) for name in ("prefilled", "shared", "preempted")}
+    return row | {
+        "perf/tokens_per_second": gained("tokens") / max(seconds, 1e-9),
+        "perf/slot_use": gained("tokens") / max(gained("slot_steps"), 1.0),
+        "perf/device_share": gained("device_seconds") / max(seconds, 1e-9),
+    }
 
 
 def _programs(attempts: Sequence[Attempt]) -> set[str]:

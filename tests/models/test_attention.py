@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from azr_jax.config import MeshConfig
 from azr_jax.dist.mesh import make_mesh, row_sharding
-from azr_jax.models import attention
+from azr_jax.models import attention, attention_blocks
 from azr_jax.models.attention import Visibility, attend, attend_decode, attend_paged
 
 Array = Any
@@ -76,10 +76,10 @@ def assert_same(left: list[np.ndarray], right: list[np.ndarray], atol: float) ->
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.fixture
-def chunks_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 1)
-    monkeypatch.setattr(attention, "SMALLEST_CHUNK", 5)
+def use_blocks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (attention, attention_blocks):
+        monkeypatch.setattr(module, "SMALLEST_BLOCK", size)
+    monkeypatch.setattr(attention_blocks, "MOST_BLOCKS", 1000)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -97,10 +97,10 @@ def test_grouped_heads(heads: int, kv_heads: int) -> None:
     assert_same(found, with_gradients(lambda *x: dense(*x, visibility, 0.3, None), *inputs), 1e-5)
 
 
-@pytest.mark.usefixtures("chunks_of_five")
 @pytest.mark.parametrize("window", [None, 6])
-def test_chunks_match_dense(window: int | None) -> None:
-    """Under recomputation of a block, as the learner runs it."""
+def test_blocks_match_dense(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under recomputation of a decoder block, as the learner runs it."""
+    use_blocks_of(5, monkeypatch)
     visibility, inputs = rows(LAYOUT), arrays(len(LAYOUT), 24, 4, 2, 8)
     found = with_gradients(jax.checkpoint(lambda *x: attend(*x, visibility, scale=0.3, window=window)), *inputs)
     assert_same(found, with_gradients(lambda *x: dense(*x, visibility, 0.3, window), *inputs), 1e-5)
@@ -110,11 +110,10 @@ def test_bfloat16_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatc
     visibility, inputs = rows([[256]]), arrays(1, 256, 2, 1, 16, jnp.bfloat16)
     expected = with_gradients(lambda *x: dense(*x, visibility, 0.25, None), *inputs)
     at_once = with_gradients(lambda *x: attend(*x, visibility, scale=0.25), *inputs)
-    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 1)
-    monkeypatch.setattr(attention, "SMALLEST_CHUNK", 2)
-    chunked = with_gradients(lambda *x: attend(*x, visibility, scale=0.25), *inputs)
-    for index in (2, 3):  # of k and v, sums over 128 chunks
-        error, error_at_once = (np.abs(x[index] - expected[index]).mean() for x in (chunked, at_once))
+    use_blocks_of(2, monkeypatch)
+    in_blocks = with_gradients(lambda *x: attend(*x, visibility, scale=0.25), *inputs)
+    for index in (2, 3):  # of k and v, sums over 128 blocks
+        error, error_at_once = (np.abs(x[index] - expected[index]).mean() for x in (in_blocks, at_once))
         assert error < 1.5 * error_at_once  # 1.2; 3 when they are summed in bfloat16
 
 
@@ -148,7 +147,7 @@ def test_queries_over_other_keys() -> None:
 @pytest.mark.parametrize("window", [None, 64])
 def test_long_rows_hold_no_square(window: int | None) -> None:
     """In the compiled forward and backward pass, no array has two axes as long as the row."""
-    t = 2304  # three chunks of 768: no other axis is as long
+    t = 2304  # 16 blocks of 144: no other axis is as long
     visibility = rows([[t]])
     shapes = [jax.ShapeDtypeStruct((1, t, n, 16), jnp.float32) for n in (64, 32, 32)]
 
@@ -164,11 +163,10 @@ def test_long_rows_hold_no_square(window: int | None) -> None:
     assert squares(one_piece), "the search finds a square where there is one"
 
 
-@pytest.mark.parametrize("sizes, chunked", [((1, 2, 4), False), ((2, 2, 2), True)])
-def test_sharded(sizes: tuple[int, int, int], chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if chunked:
-        monkeypatch.setattr(attention, "SCORES_AT_ONCE", 1)
-        monkeypatch.setattr(attention, "SMALLEST_CHUNK", 5)
+@pytest.mark.parametrize("sizes, in_blocks", [((1, 2, 4), False), ((2, 2, 2), True)])
+def test_sharded(sizes: tuple[int, int, int], in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if in_blocks:
+        use_blocks_of(5, monkeypatch)
     mesh = make_mesh(MeshConfig(*sizes))
     visibility, inputs = rows([[9, 6, 9], [1, 20, -3]] * 4), arrays(8, 24, 8, 4, 8)
     expected = with_gradients(lambda *x: dense(*x, visibility, 0.3, None), *inputs)

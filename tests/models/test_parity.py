@@ -77,7 +77,7 @@ def test_greedy_text_is_theirs(name):
     config, params, tokens, _ = golden(name)
     arrays = load_file(GOLDEN / name / "expected.safetensors")
     tokenizer = SimpleNamespace(eos_ids=frozenset(), pad_id=0)  # ids are all the sampler needs here
-    rollout = RolloutConfig(max_prompt=12, max_response=64, batch=8)
+    rollout = RolloutConfig(max_prompt=12, max_response=64, slots=8)
     engine = Engine(config, rollout, tokenizer, make_mesh(MeshConfig()))
     requests = [Request(tuple(map(int, t)), request_key(0, i), 0.0) for i, t in enumerate(tokens)]
     for i, completion in enumerate(engine.generate(params, requests)):

@@ -23,7 +23,7 @@ from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Completion, Request, request_key
 
 MODEL = ModelConfig(64, 32, 64, 2, 4, 2, 8)
-ROLLOUT = RolloutConfig(max_prompt=12, max_response=24, batch=16, block=4)
+ROLLOUT = RolloutConfig(max_prompt=12, max_response=24, slots=16, block=4)
 ONE = MeshConfig(1, 1, 1)
 MANY_EOS = frozenset(range(0, 64, 7))  # a response ends soon, with one of ten tokens
 EOS_COUNT = 16  # every engine here gets as many ids, some outside the vocabulary: one shape, compiled once
@@ -127,7 +127,7 @@ def test_log_probabilities_are_the_learners(temperature):
 
 
 def test_alone_as_in_a_batch():
-    single = engine(replace(ROLLOUT, batch=1), MANY_EOS)
+    single = engine(replace(ROLLOUT, slots=1), MANY_EOS)
     assert_same([single.generate(params_of(), [r])[0] for r in requests(20)], baseline())
 
 
@@ -137,10 +137,10 @@ def test_in_another_order():
     assert_same(shuffled, [baseline()[i] for i in order])
 
 
-@pytest.mark.parametrize(("batch", "block"), [(6, 64), (32, 64)])
-def test_in_another_batch_size_and_block(batch, block):
+@pytest.mark.parametrize(("slots", "block"), [(6, 64), (32, 64)])
+def test_in_another_batch_size_and_block(slots, block):
     """A size that is no power of two and a batch with room to spare, each decoded in one block."""
-    other = engine(replace(ROLLOUT, batch=batch, block=block), MANY_EOS)
+    other = engine(replace(ROLLOUT, slots=slots, block=block), MANY_EOS)
     assert_same(other.generate(params_of(), requests(20)), baseline())
 
 
@@ -221,7 +221,7 @@ def test_temperatures_may_differ_within_a_batch():
 
 def test_first_tokens_follow_the_softmax():
     """3072 copies of one prompt: frequencies of the first two tokens, in the engine, against the full forward."""
-    many = engine(replace(ROLLOUT, max_response=2, batch=512))
+    many = engine(replace(ROLLOUT, max_response=2, slots=512))
     prompt = (9, 1, 33, 60)
     completions = many.generate(params_of(), [Request(prompt, request_key(1, i), 0.7) for i in range(3072)])
 

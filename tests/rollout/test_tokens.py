@@ -26,7 +26,7 @@ from azr_jax.tasks.kinds import Kind, Role
 from tests.models import tokenizer_folders as made
 
 MODEL = ModelConfig(64, 32, 64, 2, 4, 2, 8)
-ROLLOUT = RolloutConfig(max_prompt=8, max_response=16, batch=16, block=4, temperature=0.8)
+ROLLOUT = RolloutConfig(max_prompt=8, max_response=16, slots=16, block=4, temperature=0.8)
 BANNED = [1, 5, 40, 41, 42, 43, 44, 63]
 
 

@@ -1,0 +1,75 @@
+"""Shapes of the sampler's programs, and how many pages its cache gets."""
+
+from __future__ import annotations
+
+import os
+
+from jax.sharding import Mesh
+
+from azr_jax.config import RolloutConfig
+from azr_jax.errors import UserError
+from azr_jax.models.config import ModelConfig
+from azr_jax.rollout.cache import CHUNK, Layout
+from azr_jax.rollout.scheduler import Scheduler
+
+PROMPT_BUCKETS = 3  # prompts are padded to max_prompt, a half or a quarter of it
+DEVICE_SHARE = 0.8  # of what is free on an accelerator; the rest is for the programs' own arrays
+HOST_SHARE = 0.25  # of a CPU machine's memory
+
+
+def prompt_buckets(config: RolloutConfig) -> list[int]:
+    """Padded lengths of prompts, shortest first: multiples of the page."""
+    parts = (2**i for i in range(PROMPT_BUCKETS))
+    return sorted({-(-config.max_prompt // (part * config.page)) * config.page for part in parts})
+
+
+def longest(config: RolloutConfig) -> int:
+    """Most tokens of a sequence in the cache: the last one sampled is never fed."""
+    return config.max_prompt + config.max_response - 1
+
+
+def chunk(config: RolloutConfig, kind: str) -> int:
+    """Columns of a working copy that are read at once; 0: all there can be."""
+    return CHUNK if kind == "working" and longest(config) > CHUNK else 0
+
+
+def table_widths(config: RolloutConfig, kind: str) -> list[int]:
+    """Pages a row that decode programs are compiled for. Where pages are read in place, one width serves all."""
+    most = -(-longest(config) // config.page)
+    if not chunk(config, kind):
+        return [most]
+    step = CHUNK // config.page
+    widths = [step]
+    while widths[-1] < most:
+        widths.append(2 * widths[-1])
+    widths[-1] = -(-most // step) * step
+    return widths
+
+
+def page_count(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: Mesh, slots: int) -> int:
+    """Pages of a shard with `slots` slots: what they could all fill, or what the memory of its devices holds.
+
+    The memory is `rollout.cache_gb` for each device, or else what is free by now.
+    UserError: it is not enough for one sequence.
+    """
+    least = Scheduler.pages_for(longest(config), config.page)
+    wanted = slots * -(-longest(config) // config.page) + least
+    split = mesh.shape["tensor"] if model.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    each = layout.bytes_per_page(model) / split  # on one device
+    room = config.cache_gb * 2**30 if config.cache_gb else _free_bytes(mesh)
+    held = int(room / each)
+    if held < least:
+        raise UserError(
+            f"the KV cache gets {room / 2**30:.2f} GiB a device, room for {held * config.page} tokens, but one "
+            f"sequence has up to {longest(config)}: lower rollout.max_prompt or rollout.max_response, take "
+            "rollout.cache_dtype=int8, or raise rollout.cache_gb if there is memory to give"
+        )
+    return min(wanted, held)
+
+
+def _free_bytes(mesh: Mesh) -> float:
+    """What the cache may take of one device's memory."""
+    stats = [device.memory_stats() or {} for device in mesh.devices.flat]
+    if all("bytes_limit" in each for each in stats):
+        return DEVICE_SHARE * min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+    return HOST_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / mesh.size
