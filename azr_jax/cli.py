@@ -102,6 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--kind", choices=kinds, default=kinds[0], help=f"of task (default: {kinds[0]})")
     sub.add_argument("--temperature", type=_not_negative, default=1.0, help="0 is greedy (default: 1)")
     sub.add_argument("--seed", type=_natural, default=0, help="of the sampling (default: 0)")
+    sub.add_argument("--samples", type=_count, default=1, help="of --prompt (default: 1)")
+    filters = sub.add_argument_group("filters", "change the distribution that tokens are drawn from; off by default")
+    filters.add_argument("--top-k", type=_natural, default=0, help="only the k likeliest tokens")
+    filters.add_argument("--top-p", type=_not_negative, default=1.0, help="only the likeliest that together have p")
+    filters.add_argument("--min-p", type=_not_negative, default=0.0, help="only those with p of the likeliest's")
+    filters.add_argument("--repetition", type=_positive, default=1.0, help="divides logits of tokens seen")
+    filters.add_argument("--presence", type=_not_negative, default=0.0, help="off the logits of tokens generated")
+    filters.add_argument("--frequency", type=_not_negative, default=0.0, help="the same, as often as generated")
     _add_json(sub)
 
     sub = command("score", _score, "log-probability of every token given its prefix: JSON lines in, JSON lines out")
@@ -129,8 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(command("doctor", _doctor, "devices, versions, sandbox layers, free memory: is this machine ready?"))
 
     sub = command("bench", _bench, "measured figures on this machine")
-    sub.add_argument("target", choices=["executor"])
-    _add_overrides(sub, "executor.key=value")
+    sub.add_argument("target", choices=["executor", "rollout"])
+    sub.add_argument("--config", metavar="CONFIG", help="YAML file to start from (default: the keys' defaults)")
+    _add_overrides(sub, "a.b=c")
     _add_json(sub)
 
     sub = command("pretrain", _pretrain, "rebuild the embedded model from nothing: corpus, tokenizer, training")
@@ -177,6 +186,13 @@ def _natural(text: str) -> int:
     number = _number(int, text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return number
+
+
+def _count(text: str) -> int:
+    number = _natural(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more")
     return number
 
 
@@ -260,11 +276,16 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from azr_jax.config_loader import load_config, only_section
-    from azr_jax.executor.commands import bench_command
+    from azr_jax.config_loader import load_config
 
-    config = load_config(None, only_section("executor", args.overrides))
-    return bench_command(config.executor, args.json, sys.stdout)
+    config = load_config(args.config, args.overrides)
+    if args.target == "rollout":
+        from azr_jax.rollout.bench import bench_command as bench_rollout
+
+        return bench_rollout(config, args.json, sys.stdout)
+    from azr_jax.executor.commands import bench_command as bench_executor
+
+    return bench_executor(config.executor, args.json, sys.stdout)
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from azr_jax.models.tokenizer import load_tokenizer
 from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine
-from azr_jax.rollout.request import Request, request_key
+from azr_jax.rollout.request import Filters, Request, request_key
 from azr_jax.selfplay import answer_check
 from azr_jax.tasks.buffers import seed_task
 from azr_jax.tasks.compact import CompactFormat
@@ -43,6 +43,7 @@ from azr_jax.templates import choose_template, make_prompts
 log = logging.getLogger(__name__)
 
 MAX_PROMPT = RolloutConfig().max_prompt
+NO_FILTERS = Filters()
 MAX_RESPONSE, MAX_RESPONSE_COMPACT = 2048, 128
 INDUCTION_INPUTS_COMPACT = 6  # as the embedded model was taught; other models are asked for tasks.induction_inputs
 BAD_FORMAT = {"status": "rejected", "reason": "format"}
@@ -54,9 +55,11 @@ class Refused(Exception):
 
 
 class Model:
-    """Weights, tokenizer and prompt format of a folder; `complete` continues a text."""
+    """Weights, tokenizer and prompt format of a folder; `complete` continues a text, `samples` of them at once."""
 
-    def __init__(self, name: str, temperature: float, seed: int) -> None:
+    def __init__(
+        self, name: str, temperature: float, seed: int, filters: Filters = NO_FILTERS, samples: int = 1
+    ) -> None:
         folder = model_folder(name)
         self.config = ModelConfig.load(folder)
         self.tokenizer = load_tokenizer(folder)
@@ -67,14 +70,14 @@ class Model:
         self.mesh = make_mesh(MeshConfig())
         self.params = load_weights(folder, self.config, param_shardings(self.config, self.mesh))
         audit(self.params, self.config, self.tokenizer, self.mesh)
-        self.temperature, self.seed = temperature, seed
+        self.temperature, self.seed, self.filters = temperature, seed, filters
         most = MAX_RESPONSE_COMPACT if self.compact else MAX_RESPONSE
-        rollout = RolloutConfig(max_prompt=MAX_PROMPT, max_response=most, slots=1)
+        rollout = RolloutConfig(max_prompt=MAX_PROMPT, max_response=most, slots=samples)
         self.engine = Engine(self.config, rollout, self.tokenizer, self.mesh)
         self._count = 0
 
-    def complete(self, text: str, stop: tuple[str, ...] = ()) -> dict[str, Any]:
-        """A record of prompt, response, number of tokens and finish; every call draws afresh.
+    def complete(self, text: str, stop: tuple[str, ...] = (), samples: int = 1) -> list[dict[str, Any]]:
+        """Records of prompt, response, number of tokens and finish, one a sample; every call draws afresh.
 
         UserError: no text, or more than MAX_PROMPT tokens.
         """
@@ -87,11 +90,16 @@ class Model:
             known = "; this model knows printable ASCII and newlines" if self.compact else ""
             log.warning("warning: the tokenizer cannot represent all characters of the prompt%s", known)
         self.engine.stop = stop
-        key = request_key(self.seed, "sample", self._count)
-        self._count += 1
-        (completion,) = self.engine.generate(self.params, [Request(ids, key, self.temperature)])
-        record = {"prompt": unmarked(text), "response": self.engine.text(completion)}
-        return record | {"tokens": len(completion.tokens), "finish": completion.finish}
+        requests = []
+        for _ in range(samples):
+            key = request_key(self.seed, "sample", self._count)
+            requests.append(Request(ids, key, self.temperature, filters=self.filters))
+            self._count += 1
+        records = []
+        for completion in self.engine.generate(self.params, requests):
+            record = {"prompt": unmarked(text), "response": self.engine.text(completion)}
+            records.append(record | {"tokens": len(completion.tokens), "finish": completion.finish})
+        return records
 
 
 class Console:
@@ -149,7 +157,7 @@ class Session:
         """A task of the user's, the model's answer and the verdict."""
         task = self.task()
         prompts = self.model.prompts
-        record = self.model.complete(prompts.solve(task), prompts.stop)
+        (record,) = self.model.complete(prompts.solve(task), prompts.stop)
         answer = prompts.parse_answer(self.kind, record["response"])
         verdict = BAD_FORMAT if answer is None else self.check(answer_check("0", task, answer))
         return record | {"answer": answer, "verdict": {"correct": False} | verdict}
@@ -158,7 +166,7 @@ class Session:
         """The model's proposal, made from one reference, and whether it is a valid task."""
         reference = self.reference()
         prompts = self.model.prompts
-        record = self.model.complete(prompts.propose(self.kind, [reference], self.n_inputs), prompts.stop)
+        (record,) = self.model.complete(prompts.propose(self.kind, [reference], self.n_inputs), prompts.stop)
         proposal = prompts.parse_proposal(self.kind, [reference], record["response"])
         if proposal is None:
             return record | {"proposal": None, "verdict": BAD_FORMAT}
@@ -232,12 +240,15 @@ class Session:
 
 def sample_command(args: Namespace) -> int:
     """`azr-jax sample`; returns the exit code. `args` are those of the command line (cli.py)."""
-    model = Model(args.model, args.temperature, args.seed)
+    filters = Filters(args.top_k, args.top_p, args.min_p, args.repetition, args.presence, args.frequency)
+    if args.prompt is None and args.samples != 1:
+        raise UserError("--samples belongs to --prompt; a session answers one task at a time")
+    model = Model(args.model, args.temperature, args.seed, filters, args.samples)
     if args.prompt is not None:
-        record = model.complete(args.prompt)
-        if record["finish"] == "length":
-            log.info("cut after %d tokens", record["tokens"])
-        write(json.dumps(record) if args.json else record["response"])
+        for record in model.complete(args.prompt, samples=args.samples):
+            if record["finish"] == "length":
+                log.info("cut after %d tokens", record["tokens"])
+            write(json.dumps(record) if args.json else record["response"])
         return 0
     role, console = Role(args.role), Console()
     n_inputs = INDUCTION_INPUTS_COMPACT if model.compact else TasksConfig().induction_inputs

@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = model_folder(args.model)
     model, tokenizer = ModelConfig.load(folder), load_tokenizer(folder)
-    rollout = RolloutConfig(max_prompt=96, max_response=64, batch=256)
+    rollout = RolloutConfig(max_prompt=96, max_response=64, slots=256)
     mesh = make_mesh(MeshConfig())
     params = load_weights(folder, model, param_shardings(model, mesh))
     engine = Engine(model, rollout, tokenizer, mesh)

@@ -60,7 +60,7 @@ def run(folder, pool, monkeypatch, capsys, caplog):
         answers = iter(responses or ())
 
         def complete(self, text, stop=()):
-            return {"prompt": text, "response": next(answers), "tokens": 5, "finish": "eos"}
+            return [{"prompt": text, "response": next(answers), "tokens": 5, "finish": "eos"}]
 
         if responses is not None:
             monkeypatch.setattr(sample.Model, "complete", complete)
@@ -210,3 +210,18 @@ def test_a_real_response_is_judged_without_a_script(run):
     """Everything but the words is real: the untrained model babbles, which is a bad format."""
     (record,) = objects(run("--json", "--temperature", "0.5", typed=f"{PROGRAM}\n\n3\n"))
     assert record["answer"] is None and record["verdict"]["reason"] == "format"
+
+
+def test_samples_of_a_prompt_differ_and_filters_narrow_them(run):
+    texts = [record["response"] for record in objects(run("--json", "--prompt", "f", "--samples", "4"))]
+    assert len(texts) == 4 and len(set(texts)) > 1
+    narrowed = objects(run("--json", "--prompt", "f", "--samples", "3", "--top-k", "1"))
+    greedy = objects(run("--json", "--prompt", "f", "--temperature", "0"))
+    assert [record["response"] for record in narrowed] == 3 * [greedy[0]["response"]]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["--top-p", "2"], "top_p = 2.0 must be"), ([], "--samples belongs")])
+def test_filters_out_of_range_are_the_users_mistake(folder, capsys, arguments, said):
+    more = ["--prompt", "f", *arguments] if arguments else ["--samples", "2"]
+    assert main(["sample", "--model", folder, *more]) != 0
+    assert said in capsys.readouterr().err

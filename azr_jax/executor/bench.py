@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from azr_jax.config import ExecutorConfig
 from azr_jax.executor.pool import ExecutorPool
 from azr_jax.executor.protocol import Request, Verdict
+from azr_jax.executor.worker import environment, python_command
 
 _BATCH = 512
 _PROGRAM = """def f(items):
@@ -24,7 +23,6 @@ _PROGRAM = """def f(items):
         total += item * 2
     return [total, str(total)]
 """
-_ROOT = str(Path(__file__).parents[2])
 
 
 def measure(config: ExecutorConfig, seconds: float) -> dict[str, float]:
@@ -115,8 +113,6 @@ def _check(verdicts: list[Verdict]) -> None:
 
 def _floor(workers: int, seconds: float) -> float:
     """Runs a second of `workers` processes that fork, compile, exec and exit without any isolation."""
-    boot = f"import sys; sys.path.insert(0, {_ROOT!r}); from azr_jax.executor.zygote import floor; "
-    boot += f"floor({seconds!r}, {_PROGRAM!r})"
-    command = [sys.executable, "-P", "-s", "-S", "-c", boot]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env={}) for _ in range(workers)]
+    command = python_command(f"from azr_jax.executor.zygote import floor; floor({seconds!r}, {_PROGRAM!r})")
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) for _ in range(workers)]
     return sum(json.loads(process.communicate()[0]) for process in processes)

@@ -34,6 +34,7 @@ _CACHE_VERDICTS = 8192
 _CACHE_CHARS = 4096  # of a request; a bound on the cache's memory
 _NOT_CACHED = ("infra", "memory", "crashed")  # another time may tell more
 _LATENCIES = 4096
+_READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped each time
 
 
 def main() -> None:
@@ -120,7 +121,7 @@ class Broker:
 
     def _receive(self) -> None:
         try:
-            data = self._control.recv(1 << 20)
+            data = self._control.recv(_READ_BYTES)
         except BlockingIOError:
             return
         except OSError:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from azr_jax.executor.heap import moved
 from azr_jax.executor.lockdown import TASK_FD
 from azr_jax.executor.plain import TooLarge, Unsupported, encode
 
@@ -28,56 +29,42 @@ _UNOFFERED_BUILTINS = ("open", "input", "breakpoint", "help", "exit", "quit", "l
 
 _NAME_OF: Any = vars(type)["__name__"].__get__  # what a metaclass of the program cannot fake
 
+Inputs = list[tuple[tuple[Any, ...], dict[str, Any]]]
 Send = Callable[[bytes, str, bool], None]  # tag, text, whether the child has then finished
-_READ_BYTES = 1 << 15  # most tasks fit
 
 
-def pack_task(program: str, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]], max_chars: int) -> bytes:
+def pack_task(program: str, inputs: Inputs, max_chars: int) -> bytes:
     """The message a child reads: trusted data for an untrusted reader, hence marshal. Unmarshalled only there."""
-    body = marshal.dumps((program, inputs, max_chars))
-    return _HEADER.pack(len(body)) + body
+    return marshal.dumps((program, inputs, max_chars))
 
 
-def serve_task() -> None:
-    """Read the task from TASK_FD, run it, send the outcomes. To be called in a child after its lock is on."""
-    data = os.read(TASK_FD, _READ_BYTES)
-    size = _HEADER.size + _HEADER.unpack_from(data)[0]
-    while len(data) < size:
-        more = os.read(TASK_FD, size - len(data))
-        if not more:
-            raise EOFError
-        data += more
-    program, inputs, max_chars = marshal.loads(memoryview(data)[_HEADER.size :])
-    run_task(program, inputs, max_chars, _sender())
+def task_runner(send: Send | None = None) -> Callable[[bytes], None]:
+    """Build the function that runs a task (`pack_task`): one frame an input, or one if nothing compiles, then DONE.
 
-
-def run_task(program: str, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]], max_chars: int, send: Send) -> None:
-    """Run `program` on each of `inputs`; one frame for each, or a single one if it does not compile, then DONE.
-
-    Each frame is sent as soon as it is known, DONE together with the last.
+    Each frame is sent as soon as it is known, DONE together with the last. `send` replaces the child's socket. Built in
+    the worker, which costs no child anything, with all that it uses bound before any program runs; in cells rather than
+    default arguments, because a call would touch each of those, and a page touched is a page copied.
     """
-    run_once = _runner(max_chars, send)
-    try:
-        code: Any = compile(program, "<program>", "exec", 0, True)
-    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):  # the last: too deeply nested
-        send(SYNTAX, "", True)
-        return
-    last = len(inputs) - 1
-    for index, (args, kwargs) in enumerate(inputs):
-        run_once(code, args, kwargs, index == last)
-
-
-def _runner(max_chars: int, send: Send) -> Callable[[Any, tuple[Any, ...], dict[str, Any], bool], None]:
-    """The function that runs a program on one input and sends what came of it.
-
-    What it uses is bound here, before any program runs; in cells rather than default arguments, because a call would
-    touch each of those, and a page touched is a page copied.
-    """
+    loads, compiled, length = marshal.loads, compile, len
     execute, is_callable, encoded, the_builtins = exec, callable, encode, builtins
     type_of, name_of = type, _NAME_OF
     memory_error, too_large, unsupported, base_exception = MemoryError, TooLarge, Unsupported, BaseException
+    uncompilable = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)  # the last: too deeply nested
+    answer = send or _sender()
 
-    def run_once(code: Any, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool) -> None:
+    def run_task(task: bytes) -> None:
+        program, inputs, max_chars = loads(task)
+        try:
+            code: Any = compiled(program, "<program>", "exec", 0, True)
+        except uncompilable:
+            answer(SYNTAX, "", True)
+            return
+        left = length(inputs)
+        for args, kwargs in inputs:
+            left -= 1
+            run_once(code, args, kwargs, max_chars, left == 0)
+
+    def run_once(code: Any, args: tuple[Any, ...], kwargs: dict[str, Any], max_chars: int, last: bool) -> None:
         namespace = {"__name__": "__main__", "__builtins__": the_builtins}
         tag, text = ERROR, "Exception"  # this is what stays if the program raises an exception class of ours
         returned = False
@@ -102,13 +89,29 @@ def _runner(max_chars: int, send: Send) -> Callable[[Any, tuple[Any, ...], dict[
         except base_exception as error:
             text = name_of(type_of(error))[:80]
         # Sent outside the try: a failure to send must not look like an outcome of the program.
-        send(tag, text, last)
+        answer(tag, text, last)
 
-    return run_once
+    return run_task
+
+
+def task_reader() -> Callable[[int], bytes]:
+    """Build the function that reads a task of a given size from TASK_FD."""
+    read, length = moved(os.read), len
+
+    def read_task(size: int) -> bytes:
+        data = read(TASK_FD, size)
+        while length(data) < size:
+            more = read(TASK_FD, size - length(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+    return read_task
 
 
 def _sender() -> Send:
-    write, pack, length, done = os.write, _HEADER.pack, len, _HEADER.pack(1) + DONE
+    write, pack, length, done = moved(os.write), _HEADER.pack, len, _HEADER.pack(1) + DONE
 
     def send(tag: bytes, text: str, last: bool) -> None:
         body = tag + text.encode("utf-8", "backslashreplace")

@@ -53,16 +53,14 @@ class Crew:
         self._limits = limits
         self._selector = selector
         self._size = max(2, size)  # agreement between runs needs two hash seeds, however few cores there are
-        self._slots = max(2 * size, min(4 * size, max_children))  # with fewer, cores idle while we read results
+        self._regular = size  # workers that get runs whenever there are any; more are kept for runs that must agree
+        self._slots = max(2 * size, min(5 * size // 2, max_children))  # with fewer, cores idle while we read results
         self._max_children = max(self._slots, max_children)
         self._queues: tuple[OrderedDict[object, deque[Run]], ...] = (OrderedDict(), OrderedDict())  # urgent, other
         self._alarms: list[tuple[float, int]] = []  # heap of (time, number of a child)
         self._children: dict[int, ChildProcess] = {}
-        self._slow = 0
         self._dispatching = False
-        self._number = 0
-        self._serial = 0
-        self._failed_starts = 0
+        self._slow = self._number = self._serial = self._failed_starts = 0
         self.workers: list[Worker] = []
         for _ in range(self._size):
             self._hire()
@@ -153,11 +151,13 @@ class Crew:
         """The least busy worker not in `used`, two children counting as one; None if one has to start first.
 
         Two at a time keep a worker's memory in the cache, where one each would take turns in pushing the other's out.
+        For the same reason no more workers than cores get runs, as long as `used` leaves the choice.
         """
         able = [worker for worker in self.workers if worker.ready and not worker.retired]
         fresh = [worker for worker in able if not used or worker.serial not in used]
         if fresh:
-            return min(fresh, key=lambda worker: len(worker.children) // 2)
+            spare = able[self._regular :]
+            return min(fresh, key=lambda worker: (worker in spare, len(worker.children) // 2))
         if all(worker.ready for worker in self.workers):  # none is on its way
             if able and len(self.workers) >= max(SEEDS, self._size):
                 min(able, key=lambda worker: len(worker.children)).retired = True
@@ -187,15 +187,15 @@ class Crew:
             return
         if worker.ready and not was_ready:
             self._failed_starts = 0
-        for number, status, amount, _ in reports:
+        for number, status, pid in reports:
             child = worker.children.get(number)
             if child is None:
                 continue
             if status == PID:
-                child.pid = amount
+                child.pid = pid
                 self._slow_down(child)
             else:
-                self._finish(child, status, amount / 1e6)
+                self._finish(child, status)
         self._dispatch()
 
     def _lose(self, worker: Worker) -> None:
@@ -252,7 +252,7 @@ class Crew:
         try:
             if ours.send(task) < len(task):  # before the fork, so that the child never waits for us
                 raise BlockingIOError
-            worker.fork(child, theirs)
+            worker.fork(child, theirs, len(task))
         except OSError:
             ours.close()
             self._split_or_fault(runs)
@@ -344,7 +344,7 @@ class Crew:
         self._children.pop(child.number, None)
         child.worker.children.pop(child.number, None)
 
-    def _finish(self, child: ChildProcess, status: int, cpu_seconds: float) -> None:
+    def _finish(self, child: ChildProcess, status: int) -> None:
         """A child was reaped: settle each of its runs."""
         child.receive()
         self._forget(child)
@@ -353,13 +353,13 @@ class Crew:
             for run in child.runs:
                 self._fault(run, "fork_failed")
         else:
-            self._settle_all(child, status, cpu_seconds)
+            self._settle_all(child, status)
         if worker.forks >= _RECYCLE_FORKS or (worker.forks % 500 == 0 and worker.rss_mb() > _RECYCLE_MB):
             worker.retired = True
         if worker.retired:
             self._release_retired()
 
-    def _settle_all(self, child: ChildProcess, status: int, cpu_seconds: float) -> None:
+    def _settle_all(self, child: ChildProcess, status: int) -> None:
         """Give every run of an ended child its outcome, or another turn."""
         reply, runs, limit = child.reply, child.runs, self._limits.output_chars
         frames = reply.frames
@@ -372,7 +372,7 @@ class Crew:
             self._settle(run, read_outcome(*frame, limit, child.worker.serial))
         rest = runs[len(frames) :]
         if rest:
-            outcome = self._post_mortem(child, status, cpu_seconds)
+            outcome = self._post_mortem(child, status)
             if len(frames) and outcome.status != "timeout":
                 rest[0].group = None  # earlier company may have caused it: once more, alone
                 self._enqueue(rest[0])
@@ -385,16 +385,16 @@ class Crew:
         self.counts["runs"] += 1
         run.done(outcome)
 
-    def _post_mortem(self, child: ChildProcess, status: int, cpu_seconds: float) -> Outcome:
+    def _post_mortem(self, child: ChildProcess, status: int) -> Outcome:
         """Why a child ended without a complete result."""
         serial = child.worker.serial
         if child.killed in ("cpu", "wall"):
             return Outcome("timeout", reason=child.killed, worker=serial)
         if child.killed:
             return Outcome("crashed", reason="malformed_result", worker=serial)
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU):
-            if cpu_seconds >= child.cpu_cap - 1:  # the kernel's own count of it is coarse
-                return Outcome("timeout", reason="cpu", worker=serial)
+        ended_by = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "no_result"
+        if ended_by == "SIGXCPU":  # the kernel's limit on CPU time, should we come too late
+            return Outcome("timeout", reason="cpu", worker=serial)
+        if ended_by == "SIGKILL":
             return Outcome("memory", reason="killed_by_system", worker=serial)
-        name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "no_result"
-        return Outcome("crashed", reason=name, worker=serial)
+        return Outcome("crashed", reason=ended_by, worker=serial)

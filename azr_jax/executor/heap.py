@@ -9,6 +9,9 @@ Neither changes what a program can see; both are measured in docs/executor.md.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 try:
     import ctypes
@@ -37,6 +40,15 @@ def settle() -> list[bytes]:
     if ctypes is not None and sys.platform == "linux":
         _use_huge_pages(ctypes.CDLL(None))
     return kept
+
+
+def moved(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """A stand-in for a function of C (with its first arguments), in memory that was taken just now.
+
+    To call a function is to count a reference to it, which copies the page it lies on. Functions of C lie where
+    start-up put them, all over the heap; stand-ins made one after the other, after `settle`, lie side by side.
+    """
+    return partial(function, *arguments)
 
 
 def _use_huge_pages(libc: ctypes.CDLL) -> None:

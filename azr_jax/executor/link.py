@@ -11,7 +11,6 @@ import json
 import logging
 import socket
 import subprocess
-from dataclasses import replace
 from typing import Any
 
 from azr_jax.errors import UserError
@@ -22,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 _CLOSE_SECONDS = 2.0
 _MAX_DEATHS = 3  # in a row
 _CHUNK = 1 << 20  # bytes
+_READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped each time
 
 
 class BrokerLink:
@@ -56,7 +56,7 @@ class BrokerLink:
     def ask(self, number: int, request: Request) -> None:
         """Queue a request."""
         self.open[number] = request
-        self.send({"number": number, "request": request_to_wire(replace(request, id=""))})
+        self.send({"number": number, "request": request_to_wire(request)})
 
     def send(self, message: dict[str, Any]) -> None:
         """Queue any message."""
@@ -81,7 +81,7 @@ class BrokerLink:
     def read(self) -> list[dict[str, Any]] | None:
         """Messages that have come in; None if the broker is gone."""
         try:
-            data = self.control.recv(_CHUNK)
+            data = self.control.recv(_READ_BYTES)
         except BlockingIOError:
             return []
         except OSError:

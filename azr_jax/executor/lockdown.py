@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Callable
 
+from azr_jax.executor.heap import moved
 from azr_jax.executor.seccomp import filter_program
 
 try:
@@ -83,27 +84,32 @@ def child_lock() -> Callable[[int, int, int], None]:
     refused altogether (`filter_refusal`) there is none: whether anything may run then is not decided here.
     """
     libc = _c_library()
-    prctl = libc.prctl if libc else None
     program = None if filter_refusal() else _filter_in_memory()
-    setrlimit, cpu = resource.setrlimit, resource.RLIMIT_CPU
-    processes, files = resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE
+    limit_cpu = moved(resource.setrlimit, resource.RLIMIT_CPU)
+    no_processes = moved(resource.setrlimit, resource.RLIMIT_NPROC, (0, 0))
+    no_files = moved(resource.setrlimit, resource.RLIMIT_NOFILE, (TASK_FD + 1, TASK_FD + 1))
+    own_group = moved(os.setpgid, 0, 0)  # no session of its own: that would defeat `setpriority`
+    duplicate, close_below = moved(os.dup2), moved(os.closerange, 0, TASK_FD)
+    close_above = moved(os.closerange, TASK_FD + 1, 64)  # the worker's own limit is 64 descriptors
+    parent, leave, c_error = moved(os.getppid), os._exit, OSError
+    prctl = libc.prctl if libc else None
 
     def lock(task_fd: int, cpu_seconds: int, worker_pid: int) -> None:
-        os.setpgid(0, 0)  # the worker's session has no terminal; one of its own would defeat `setpriority`
+        own_group()
         if task_fd != TASK_FD:
-            os.dup2(task_fd, TASK_FD)
-        os.closerange(0, TASK_FD)
-        os.closerange(TASK_FD + 1, 64)  # the worker's own limit is 64 descriptors
-        setrlimit(cpu, (cpu_seconds, cpu_seconds))
-        setrlimit(processes, (0, 0))
-        setrlimit(files, (TASK_FD + 1, TASK_FD + 1))
+            duplicate(task_fd, TASK_FD)
+        close_below()
+        close_above()
+        limit_cpu((cpu_seconds, cpu_seconds + 1))  # the first ends it by SIGXCPU, which says why
+        no_processes()
+        no_files()
         if prctl is None:
             return
         prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
-        if os.getppid() != worker_pid:
-            os._exit(1)  # the worker died before the line above: nobody would kill us
+        if parent() != worker_pid:
+            leave(1)  # the worker died before the line above: nobody would kill us
         if program and prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "seccomp")
+            raise c_error(ctypes.get_errno(), "seccomp")
 
     return lock
 

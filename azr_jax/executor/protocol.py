@@ -7,7 +7,7 @@ Values travel as canonical text (`values.py`). Reading a request never raises an
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 #: Every status a verdict can have. `infra` is our own fault, after one retry: such a sample is never scored.
@@ -66,6 +66,10 @@ class Verdict:
     total: int = 0
     error_type: str = ""
     reason: str = ""
+
+
+_WIRE_FIELDS = [field.name for field in fields(Request) if field.name != "id"]
+_VERDICT_FIELDS = [field.name for field in fields(Verdict)]
 
 
 class BadRequest(ValueError):
@@ -155,8 +159,8 @@ def verdict_fields(request: Request, verdict: Verdict) -> dict[str, Any]:
 
 
 def request_to_wire(request: Request) -> dict[str, Any]:
-    """A request as a JSON-able dict with the fields that are set."""
-    return {name: value for name, value in asdict(request).items() if value}
+    """A request as a JSON-able dict with the fields that are set, less the id."""
+    return {name: value for name in _WIRE_FIELDS if (value := getattr(request, name))}
 
 
 def request_from_wire(data: dict[str, Any]) -> Request:
@@ -168,8 +172,7 @@ def request_from_wire(data: dict[str, Any]) -> Request:
 
 def verdict_to_wire(verdict: Verdict) -> dict[str, Any]:
     """A verdict as a JSON-able dict with the fields that are set."""
-    values = {field.name: getattr(verdict, field.name) for field in fields(verdict)}
-    return {name: value for name, value in values.items() if value}
+    return {name: value for name in _VERDICT_FIELDS if (value := getattr(verdict, name))}
 
 
 def verdict_from_wire(data: dict[str, Any]) -> Verdict:

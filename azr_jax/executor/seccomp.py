@@ -34,6 +34,7 @@ _ALLOW, _DENY, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000  # linux
 _NUMBER, _ARCH, _ARGUMENT_0, _ARGUMENT_2 = 0, 4, 16, 32  # offsets in struct seccomp_data, low words first
 _X32_BIT = 0x40000000
 _PROT_EXEC = 4
+_CALLS = 470  # about as many as Linux has
 
 
 def filter_program(task_fd: int, machine: str = "") -> bytes | None:
@@ -41,20 +42,36 @@ def filter_program(task_fd: int, machine: str = "") -> bytes | None:
     table = _MACHINES.get(machine or os.uname().machine)
     if table is None or sys.platform != "linux" or sys.byteorder != "little" or sys.maxsize < 2**32:
         return None  # a 32-bit process on a 64-bit kernel has other numbers, too
+    rules = {number: [_op(_RETURN, _ALLOW)] for number in table.free}
+    rules |= {number: _test(_ARGUMENT_0, _op(_JUMP_EQUAL, task_fd, 0, 1)) for number in table.own_socket}
+    rules |= {number: _test(_ARGUMENT_2, _op(_JUMP_ANY_BIT, _PROT_EXEC, 1, 0)) for number in table.no_exec}
+    ranges = [(0, [_op(_RETURN, _DENY)])]  # from this number up to the next range's: what to do
+    for number in sorted(rules):
+        if ranges[-1][0] == number:
+            ranges.pop()
+        ranges += [(number, rules[number]), (number + 1, [_op(_RETURN, _DENY)])]
+    ranges.append((_X32_BIT, [_op(_RETURN, _KILL)]))
     code = [_op(_LOAD, _ARCH), _op(_JUMP_EQUAL, table.audit_arch, 1, 0), _op(_RETURN, _KILL), _op(_LOAD, _NUMBER)]
-    code += [_op(_JUMP_AT_LEAST, _X32_BIT, 0, 1), _op(_RETURN, _KILL)]
-    for number in table.free:
-        code += [_op(_JUMP_EQUAL, number, 0, 1), _op(_RETURN, _ALLOW)]
-    for number in table.own_socket:
-        code += _if_number(number, _ARGUMENT_0, _op(_JUMP_EQUAL, task_fd, 0, 1))
-    for number in table.no_exec:
-        code += _if_number(number, _ARGUMENT_2, _op(_JUMP_ANY_BIT, _PROT_EXEC, 1, 0))
-    return b"".join([*code, _op(_RETURN, _DENY)])
+    return b"".join(code + _search(ranges))
 
 
-def _if_number(number: int, offset: int, test: bytes) -> list[bytes]:
-    """Allow call `number` if `test` on an argument falls through to the next instruction, else deny it."""
-    return [_op(_JUMP_EQUAL, number, 0, 4), _op(_LOAD, offset), test, _op(_RETURN, _ALLOW), _op(_RETURN, _DENY)]
+def _search(ranges: list[tuple[int, list[bytes]]]) -> list[bytes]:
+    """A search tree over ranges of call numbers, wide ones near the root.
+
+    When a filter is installed, the kernel runs it on the number of every call there is, so a child waits for the sum of
+    all path lengths. A chain of comparisons would take twice as long.
+    """
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = min(_CALLS, ranges[-1][0]) + ranges[0][0]
+    split = min(range(1, len(ranges)), key=lambda index: abs(2 * ranges[index][0] - middle))
+    below, above = _search(ranges[:split]), _search(ranges[split:])
+    return [_op(_JUMP_AT_LEAST, ranges[split][0], len(below), 0), *below, *above]
+
+
+def _test(offset: int, test: bytes) -> list[bytes]:
+    """Allow the call if `test` on an argument falls through to the next instruction, else deny it."""
+    return [_op(_LOAD, offset), test, _op(_RETURN, _ALLOW), _op(_RETURN, _DENY)]
 
 
 def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import array
 import json
 import os
@@ -23,32 +24,39 @@ _SLEEPER_SHARE = 0.05  # of the wall time
 
 
 def start_python(module: str, arguments: list[str], control: socket.socket, quiet: bool) -> subprocess.Popen[bytes]:
-    """Start `module.main()` of this package in a new interpreter by exec, with `control` as its standard input.
-
-    Its environment is empty but for what Python itself needs, so that no secret of ours is in its memory. Not -I: that
-    would make Python ignore PYTHONHASHSEED.
-    """
-    boot = f"import sys; sys.path.insert(0, {_ROOT!r}); from azr_jax.executor.{module} import main; main()"
-    environment = {"PYTHONHASHSEED": str(secrets.randbelow(_MAX_HASH_SEED) + 1), "LC_ALL": "C.UTF-8"}
-    for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):  # some builds of Python need it to start at all
-        if name in os.environ:
-            environment[name] = os.environ[name]
+    """Start `module.main()` of this package in a new interpreter by exec, with `control` as its standard input."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-s", "-S", "-c", boot, *arguments],
+        python_command(f"from azr_jax.executor.{module} import main; main()", *arguments),
         stdin=control.fileno(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL if quiet else None,
-        env=environment,
+        env=environment(),
         cwd="/",
         start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
     )
+
+
+def python_command(code: str, *arguments: str) -> list[str]:
+    """A command that runs `code`, which may import this package. Not -I: Python would then ignore PYTHONHASHSEED."""
+    return [sys.executable, "-P", "-s", "-S", "-c", f"import sys; sys.path.insert(0, {_ROOT!r}); {code}", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """What Python itself needs and nothing else, so that no secret of ours is in the memory of a program."""
+    names = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # some builds of Python need it to start at all
+    return {
+        "PYTHONHASHSEED": str(secrets.randbelow(_MAX_HASH_SEED) + 1),
+        "LC_ALL": "C.UTF-8",
+        "LD_BIND_NOW": "1",  # or each child looks up anew the functions of C that only children call
+        **{name: os.environ[name] for name in names if name in os.environ},
+    }
 
 
 class ChildProcess:
     """A forked child: which runs it was given, what it has said, how long it may go on."""
 
     def __init__(
-        self, number: int, worker: Worker, runs: list[Run], link: socket.socket, max_chars: int, cpu_cap: int
+        self, number: int, worker: Worker, runs: list[Run], link: _socket.socket, max_chars: int, cpu_cap: int
     ) -> None:
         self.number = number
         self.worker = worker
@@ -95,9 +103,9 @@ class ChildProcess:
             return cpu < _SLEEPER_SHARE * wall
 
 
-def task_sockets() -> tuple[socket.socket, socket.socket]:
+def task_sockets() -> tuple[_socket.socket, _socket.socket]:
     """Our end, which never blocks, and the child's; a task, and a result, must fit in whole. Raises OSError."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = _socket.socketpair()  # bare ones: to dress them as Python's costs twice as much as making them
     ours.setblocking(False)
     if sys.platform != "linux":  # where it is far more by default, here 8 KB
         for end in (ours, theirs):
@@ -129,11 +137,11 @@ class Worker:
             theirs.close()
         self._buffer = b""
 
-    def fork(self, child: ChildProcess, task_socket: socket.socket) -> None:
+    def fork(self, child: ChildProcess, task_socket: _socket.socket, size: int) -> None:
         """Have a child forked that owns `task_socket`. Raises OSError if the worker is gone or stuck."""
         rights = array.array("i", [task_socket.fileno()])
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-        self.control.sendmsg([COMMAND.pack(FORK, child.number, child.cpu_cap)], ancillary)
+        self.control.sendmsg([COMMAND.pack(FORK, child.number, child.cpu_cap, size)], ancillary)
         self.children[child.number] = child
         self.forks += 1
 
@@ -147,12 +155,12 @@ class Worker:
 
     def _command(self, what: bytes, number: int) -> None:
         try:
-            self.control.send(COMMAND.pack(what, number, 0))
+            self.control.send(COMMAND.pack(what, number, 0, 0))
         except OSError:  # the worker is gone, which its control socket tells as well
             pass
 
-    def receive(self) -> list[tuple[int, int, int, int]] | None:
-        """Reports (number, status, CPU microseconds or pid, RSS in KB) that came in; None if the worker is gone."""
+    def receive(self) -> list[tuple[int, int, int]] | None:
+        """Reports (number, status, pid if it was asked for) that came in; None if the worker is gone."""
         try:
             data = self.control.recv(65536)
         except BlockingIOError:

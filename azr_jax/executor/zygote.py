@@ -25,11 +25,14 @@ from functools import partial
 from typing import Any
 
 from azr_jax.executor import breakout, child, heap, lockdown
+from azr_jax.executor.heap import moved
 
-COMMAND = struct.Struct("=cII")  #: what to do (FORK, KILL, TELL), number of the run, CPU limit in whole seconds
-REPORT = struct.Struct("=IiII")  #: number of the run, wait status, CPU time in microseconds, peak RSS in KB
+COMMAND = struct.Struct("=cIII")  #: FORK, KILL or TELL; number of the run; CPU limit in seconds; bytes of the task
+REPORT = struct.Struct("=IiI")  #: number of the run, wait status, 0 or pid
 FORK, KILL, TELL = b"F", b"K", b"P"
 FORK_FAILED, PID = -1, -2  #: instead of a wait status; with PID, the third field is the child's pid
+_NOT_YET = 2**31 - 1  # a pid that no process has
+_LONGEST_WAIT_MICROSECONDS = 20_000
 
 #: Modules a program may import: pure computation, no clock, no randomness, no access to the outside.
 OFFERED = (
@@ -62,22 +65,12 @@ def f(a, b='x', *c, **d):
 def main() -> None:
     """Entry point of the worker process."""
     control = socket.socket(fileno=0)
-    seed = int(os.environ["PYTHONHASHSEED"])
-    padding = [_pad(seed)]
-    _import_offered()
-    padding.append(_pad(seed + 1))
-    _warm_up()
-    padding.append(_pad(seed + 2))
-    gc.collect()
-    padding.append(heap.settle())  # while /proc can still be read
+    kept = _warm_interpreter()  # while files can still be read
     lock = lockdown.child_lock()
     layers = lockdown.lock_worker(int(sys.argv[1]))
     layers["parent_death_signal"] = lockdown.die_with_parent()
     os.environ.clear()
-    child.offer_modules(OFFERED)
-    _warm_up()
-    gc.collect()
-    gc.freeze()
+    _settle_in()
     escapes = _self_test(lock)
     refusal = lockdown.filter_refusal()
     layers |= {"seccomp": not refusal, "no_clock": True}
@@ -86,7 +79,28 @@ def main() -> None:
     fault = refusal or ", ".join(name for name in escapes if name != breakout.CLOCK)
     control.sendall(json.dumps({"layers": layers, "fault": fault}).encode() + b"\n")
     _serve(control, lock)
-    del padding
+    del kept
+
+
+def _warm_interpreter() -> list[Any]:
+    """Import what programs may use and walk the code paths of a run; what comes back is to be kept for good."""
+    seed = int(os.environ["PYTHONHASHSEED"])
+    kept: list[Any] = [_pad(seed)]
+    _import_offered()
+    kept.append(_pad(seed + 1))
+    _warm_up()
+    kept.append(_pad(seed + 2))
+    gc.collect()
+    kept.append(heap.settle())
+    return kept
+
+
+def _settle_in() -> None:
+    """Offer programs their modules; the last steps before forks, which are to find the heap at rest."""
+    child.offer_modules(OFFERED)
+    _warm_up()
+    gc.collect()
+    gc.freeze()
 
 
 def _import_offered() -> None:
@@ -109,10 +123,13 @@ def _warm_up() -> None:
     def send(tag: bytes, text: str, last: bool) -> None:
         sink.append(tag + text.encode())
 
+    run_task = child.task_runner(send)
+    good = child.pack_task(_WARM_UP_PROGRAM, [(([1],), {}), (([],), {"b": "y"})], 4096)
+    bad = child.pack_task("def f(:", [((), {})], 4096)
     for _ in range(_WARM_UP_ROUNDS):
         sink.clear()
-        child.run_task(_WARM_UP_PROGRAM, [(([1],), {}), (([],), {"b": "y"})], 4096, send)
-        child.run_task("def f(:", [((), {})], 4096, send)
+        run_task(good)
+        run_task(bad)
 
 
 def _pad(seed: int) -> list[Any]:
@@ -153,56 +170,61 @@ def _serve(control: socket.socket, lock: Callable[[int, int, int], None]) -> Non
     """Fork, kill and reap until the control socket closes.
 
     Children are reaped in the handler of SIGCHLD, which interrupts the wait for the next command: there is nothing else
-    to wait for, and a run takes few calls.
+    to wait for, and a run takes few calls. A signal in the instant before the wait begins does not interrupt it, hence
+    the limit to its length.
     """
-    running: dict[int, int] = {}  # pid -> number of the run
-    early: dict[int, tuple[int, Any]] = {}  # what ended before it was in `running`
-    worker = os.getpid()
+    running: dict[int, int] = {}  # pid -> number of the run; never empty while one may have to be reaped
+    early: dict[int, int] = {}  # pid -> status of what ended before its pid was in `running`
+    become_child = _child(lock)
+    wait, fork, close = moved(os.waitpid, -1, os.WNOHANG), moved(os.fork), moved(os.close)
+    receive, send, unpack, pack = moved(control.recvmsg, COMMAND.size, 64), control.sendall, COMMAND.unpack, REPORT.pack
 
     def reap(signum: int, frame: Any) -> None:
-        try:
-            while True:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-                if pid == 0:
-                    return
-                if pid in running:
-                    _report(control, running.pop(pid), status, usage)
-                else:
-                    early[pid] = status, usage
-        except ChildProcessError:  # none left
-            return
+        while running:
+            try:
+                pid, status = wait()
+            except ChildProcessError:  # none left
+                return
+            if pid == 0:
+                return
+            if pid in running:
+                send(pack(running.pop(pid), status, 0))
+            else:
+                early[pid] = status
 
     signal.signal(signal.SIGCHLD, reap)
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, _LONGEST_WAIT_MICROSECONDS))
     try:
         while True:
-            message, ancillary, _, _ = control.recvmsg(COMMAND.size, 64)
+            try:
+                message, rights, _, _ = receive()
+            except BlockingIOError:
+                continue
             if len(message) < COMMAND.size:
                 return
-            what, number, cpu_seconds = COMMAND.unpack(message)
+            what, number, cpu_seconds, size = unpack(message)
             if what != FORK:
                 _look_up(control, what, number, running)
                 continue
-            task_fd = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+            task_fd = int.from_bytes(rights[0][2][:4], sys.byteorder)
+            running[_NOT_YET] = number
             try:
-                pid = os.fork()
+                pid = fork()
             except OSError:
-                control.sendall(REPORT.pack(number, FORK_FAILED, 0, 0))
+                send(pack(number, FORK_FAILED, 0))
             else:
                 if pid == 0:
-                    _become_child(lock, task_fd, cpu_seconds, worker)
+                    become_child(task_fd, cpu_seconds, size)
                 running[pid] = number
                 if pid in early:
-                    _report(control, running.pop(pid), *early.pop(pid))
-            os.close(task_fd)
+                    send(pack(running.pop(pid), early.pop(pid), 0))
+            del running[_NOT_YET]
+            close(task_fd)
     finally:  # the broker is gone, and takes the children along
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        running.pop(_NOT_YET, None)
         for pid in running:
             _kill(pid)
-
-
-def _report(control: socket.socket, number: int, status: int, usage: Any) -> None:
-    cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
-    control.sendall(REPORT.pack(number, status, cpu, usage.ru_maxrss))
 
 
 def _look_up(control: socket.socket, what: bytes, number: int, running: dict[int, int]) -> None:
@@ -212,20 +234,25 @@ def _look_up(control: socket.socket, what: bytes, number: int, running: dict[int
         if run == number and what == KILL:
             _kill(pid)
         elif run == number:
-            control.sendall(REPORT.pack(number, PID, pid, 0))
+            control.sendall(REPORT.pack(number, PID, pid))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
 
-def _become_child(lock: Callable[[int, int, int], None], task_fd: int, cpu_seconds: int, worker: int) -> None:
-    """Lock down, serve the task, end. Never returns; no cleanup code of the program runs."""
-    status = 1
-    leave = os._exit
-    try:
-        lock(task_fd, cpu_seconds, worker)
-        child.serve_task()
-        status = 0
-    finally:
-        leave(status)
+def _child(lock: Callable[[int, int, int], None]) -> Callable[[int, int, int], None]:
+    """Build the life of a child: lock down, serve the task, end. Never returns; no cleanup code of a program runs."""
+    worker, leave = os.getpid(), moved(os._exit)
+    read_task, run_task = child.task_reader(), child.task_runner()
+
+    def become_child(task_fd: int, cpu_seconds: int, size: int) -> None:
+        status = 1
+        try:
+            lock(task_fd, cpu_seconds, worker)
+            run_task(read_task(size))
+            status = 0
+        finally:
+            leave(status)
+
+    return become_child
 
 
 def _kill(pid: int) -> None:
@@ -240,11 +267,9 @@ def floor(seconds: float, program: str) -> None:
     """For the benchmark: fork, compile, run and exit in this warm interpreter, unisolated; print runs a second."""
     import time
 
-    _import_offered()
-    _warm_up()
-    gc.collect()
-    settled = heap.settle()
-    gc.freeze()
+    out = sys.stdout
+    kept = _warm_interpreter()
+    _settle_in()
     done, start = 0, time.monotonic()
     while time.monotonic() - start < seconds:
         pid = os.fork()
@@ -255,6 +280,6 @@ def floor(seconds: float, program: str) -> None:
             os._exit(0)
         os.waitpid(pid, 0)
         done += 1
-    del settled
-    sys.stdout.write(json.dumps(done / (time.monotonic() - start)))
-    sys.stdout.flush()
+    del kept
+    out.write(json.dumps(done / (time.monotonic() - start)))
+    out.flush()

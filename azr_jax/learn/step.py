@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from azr_jax.config import Config
 from azr_jax.dist.mesh import replicated, row_sharding, row_shards
@@ -56,6 +56,10 @@ def row_logprobs(
     Aligned with tokens: position t is about token t. Position 0 of a segment has no prefix in it; there the values
     are meaningless. With a `loss_mask` in `rows`, both are computed where it is set and 0 elsewhere.
     """
+    # Rows of the embedding are looked up whole: over a table that is also cut along D, the compiler would copy
+    # activations to every device, forward and backward.
+    whole_rows = NamedSharding(mesh, PartitionSpec(param_shardings(model_config, mesh)["embed"].spec[0], None))
+    params = params | {"embed": lax.with_sharding_constraint(params["embed"], whole_rows)}
     hidden = forward(
         params,
         model_config,

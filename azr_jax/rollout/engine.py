@@ -41,7 +41,9 @@ class EngineStats:
     tokens: int = 0  # of responses
     truncated: int = 0  # responses
     blocks: int = 0
+    steps: int = 0  # of decoding, a token for every slot in use
     slot_steps: int = 0  # slots times decode steps, used or not
+    read_tokens: int = 0  # tokens in the cache of the sequences in flight, summed over decode steps
     prefilled: int = 0  # prompts
     shared: int = 0  # prompts that were there already
     preempted: int = 0  # sequences that had to start over
@@ -133,6 +135,11 @@ class Engine:
 
     # Requests
 
+    @property
+    def token_bytes(self) -> float:
+        """Of one token in the cache, all layers together."""
+        return self._device.layout.bytes_per_page(self.model) / self.config.page
+
     def fits(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt is within max_prompt."""
         return 0 < len(prompt) <= self.config.max_prompt
@@ -143,15 +150,15 @@ class Engine:
         ValueError: a prompt that is empty or longer than max_prompt, max_tokens below 1, an id that is under way.
         """
         requests = list(requests)
-        names = {*self._live, *self._done}
+        new: set[object] = set()
         for request in requests:
             if not self.fits(request.prompt):
                 raise ValueError(f"a prompt has {len(request.prompt)} tokens, not 1 to {self.config.max_prompt}")
             if request.max_tokens is not None and request.max_tokens < 1:
                 raise ValueError(f"max_tokens = {request.max_tokens} must be 1 or more")
-            if request.id in names:
+            if request.id in new or request.id in self._live or request.id in self._done:
                 raise ValueError(f"a request with id {request.id!r} is under way already")
-            names.add(request.id)
+            new.add(request.id)
         if self._scheduler is None:
             device = self._device
             each, layout = device.slots // device.shards, device.layout
@@ -228,12 +235,14 @@ class Engine:
         stats.device_seconds += ready - max(flight.launched, self._device_ready)
         self._device_ready = ready
         stats.blocks += 1
+        stats.steps += int(block.steps)
         stats.slot_steps += self._device.slots * int(block.steps)
         assert self._scheduler is not None
         for sequence in flight.sequences:
             if sequence.ended:  # cancelled, or a stop string was found while the block ran
                 continue
             n, slot = int(block.counts[sequence.slot]), sequence.slot
+            stats.read_tokens += n * sequence.position + n * (n + 1) // 2
             sequence.tokens += block.tokens[slot, :n].tolist()
             sequence.logprobs += block.logprobs[slot, :n].tolist()
             sequence.eos = bool(block.eos[slot])
@@ -274,7 +283,7 @@ class Engine:
 
     def _filtering(self, running: list[Running]) -> Filtering | None:
         """The filters of all slots, if any has some."""
-        if not any(sequence.request.filters for sequence in running):
+        if all(sequence.request.filters in (None, Filters()) for sequence in running):
             return None
         b, v = self._device.slots, self.model.vocab_size
         names = ("top_k", "top_p", "min_p", "repetition", "presence", "frequency")

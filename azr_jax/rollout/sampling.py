@@ -46,13 +46,12 @@ def sample(logits: Array, key: Array, position: Array, temperature: Array) -> tu
     distribution, logit / T - logsumexp(logits / T). Temperature 0 takes the argmax and reports temperature 1.
     """
     greedy = temperature == 0.0
-    scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
-    top = jnp.max(scaled, axis=-1, keepdims=True)
-    weights = jnp.exp(scaled - top)  # [B, V], the largest is 1
-    drawn, total = _invert(weights, uniform(key, position))
+    # Distance from the likeliest first: divided before, large logits or low temperatures would leave rounding errors.
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(greedy, 1.0, temperature)[:, None]
+    drawn, total = _invert(jnp.exp(scaled), uniform(key, position))  # the largest weight is 1
     token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-    return token, chosen - top[:, 0] - jnp.log(total)
+    return token, chosen - jnp.log(total)
 
 
 def _invert(weights: Array, at: Array) -> tuple[Array, Array]:

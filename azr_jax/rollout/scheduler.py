@@ -29,7 +29,6 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     eos: bool = False  # the newest token is an end of sequence
     ended: bool = False
-    admission: int = 0
     read: int = 0  # response tokens in which stop strings were looked for
 
     @property
@@ -88,7 +87,7 @@ class Scheduler:
         self._slots = slots
         self._waiting: list[tuple[float, int, Sequence]] = []
         self._live: dict[int, Sequence] = {}  # by order, waiting and running
-        self._orders = self._admissions = 0
+        self._orders = 0
         self.counts: Counter[str] = Counter()  # prefilled, shared (prompts), preempted (sequences)
 
     @staticmethod
@@ -213,7 +212,5 @@ class Scheduler:
             shard.copied += shared[full:]
         sequence.pages = shared[:full] + taken
         sequence.slot = shard.free_slots.pop()
-        self._admissions += 1
-        sequence.admission = self._admissions
         shard.running.append(sequence)
         return True

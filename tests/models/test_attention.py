@@ -176,16 +176,49 @@ def test_sharded(sizes: tuple[int, int, int], in_blocks: bool, monkeypatch: pyte
     assert_same(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, 8])
 @pytest.mark.parametrize("window", [None, 5])
-def test_decode_is_the_last_query(window: int | None) -> None:
-    visibility, (q, k, v) = rows([[-7, 17], [24], [-23, 1]]), arrays(3, 24, 4, 2, 8)
-    whole = run(attend, q, k, v, visibility, window=window)
-    for column in (23, 20):  # later columns are not written yet
-        now = slice(column, column + 1)
-        one = visibility._replace(q_segments=visibility.q_segments[:, now], q_positions=visibility.q_positions[:, now])
-        cache = [x.transpose(0, 2, 1, 3) for x in (k, v)]
-        found = run(attend_decode, q[:, now], *cache, one, window=window)
-        np.testing.assert_allclose(found[:2], whole[:2, now], atol=1e-6)
+def test_decode_is_the_query_of_its_position(window: int | None, chunk: int) -> None:
+    """Columns after it are not written yet, a row at -1 has none at all."""
+    q, k, v = arrays(4, 24, 4, 2, 8)
+    whole = run(attend, q, k, v, rows([[24]] * 4), window=window)
+    for positions in ([16, 23, 0, 5], [7, 8, -1, 15], [3, 2, -1, 1]):
+        at = jnp.asarray(positions)
+        later = (jnp.arange(24) > at[:, None])[:, :, None, None]
+        cache = [jnp.where(later, 1e4, x).transpose(0, 2, 1, 3) for x in (k, v)]
+        one = jnp.take_along_axis(q, jnp.maximum(at, 0)[:, None, None, None], axis=1)
+        found = run(attend_decode, one, *cache, at, window=window, chunk=chunk)
+        for row, position in enumerate(positions):
+            expected = whole[row, position] if position >= 0 else np.zeros((4, 8))
+            np.testing.assert_allclose(found[row, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_decode_in_chunks_does_not_depend_on_its_surroundings(window: int | None) -> None:
+    """Bit for bit: not on the number of columns, nor on other rows, however long or many, nor on its place."""
+    q, k, v = arrays(6, 1024, 4, 2, 16)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    at = jnp.asarray([3, 255, 256, 100, 300, 511])
+    decode = partial(run, attend_decode, window=window, chunk=256)
+    expected = decode(q[:, :1], k[:, :, :512], v[:, :, :512], at)
+    for n in (768, 1024):
+        np.testing.assert_array_equal(decode(q[:, :1], k[:, :, :n], v[:, :, :n], at), expected)
+    longer = at.at[5].set(1023)
+    np.testing.assert_array_equal(decode(q[:, :1], k, v, longer)[:5], expected[:5])
+    np.testing.assert_array_equal(decode(q[::-1, :1], k[::-1], v[::-1], at[::-1])[::-1], expected)
+    short = decode(q[:, :1], k[:, :, :256], v[:, :, :256], at)
+    np.testing.assert_array_equal(short[[0, 1, 3]], expected[[0, 1, 3]])
+    at_once = run(attend_decode, q[:, :1], k, v, at, window=window)
+    np.testing.assert_allclose(at_once, expected, atol=1e-6)
+
+
+def test_decode_in_chunks_reads_no_further_than_the_longest_row() -> None:
+    q, k, v = arrays(2, 64, 4, 2, 8)
+    k, v = (x.transpose(0, 2, 1, 3).at[:, :, 32:].set(jnp.nan) for x in (k, v))
+    at = jnp.asarray([20, 31])
+    expected = run(attend_decode, q[:, :1], k[:, :, :32], v[:, :, :32], at, chunk=16)
+    np.testing.assert_array_equal(run(attend_decode, q[:, :1], k, v, at, chunk=16), expected)
+    assert np.isfinite(expected).all()
 
 
 class Paged:
@@ -208,7 +241,7 @@ class Paged:
                 self.table[row, index] = number = next(free)
                 part = tokens[row, index * page : min(length, (index + 1) * page)]
                 pages[number, : len(part)] = part.reshape(len(part), 2 * kv, hd)
-        self.pages, self.n = jnp.asarray(pages), jnp.asarray(self.lengths, jnp.int32)
+        self.pages, self.n = jnp.asarray(pages)[None], jnp.asarray(self.lengths, jnp.int32)
 
     def visibility(self) -> Visibility:
         """Of the last queries over the dense keys."""
@@ -242,19 +275,53 @@ def test_a_row_in_pages_depends_on_itself_alone(monkeypatch: pytest.MonkeyPatch)
 
 def test_pages_with_padded_columns() -> None:
     case = Paged(1)
-    wide = jnp.pad(case.pages, ((0, 0), (0, 0), (0, 0), (0, 112)), constant_values=jnp.nan)
+    wide = jnp.pad(case.pages, ((0, 0),) * 4 + ((0, 112),), constant_values=jnp.nan)
     expected = run(attend_paged, case.q, case.pages, case.table, case.n)
     np.testing.assert_array_equal(run(attend_paged, case.q, wide, case.table, case.n), expected)
 
 
-def test_sharded_pages() -> None:
-    mesh = make_mesh(MeshConfig(1, 4, 2))
+def sharded(case: Paged, shards: int) -> tuple[Array, Array, Array, Array]:
+    """q, pages, table and lengths of the case's rows over and over, a shard of pages for each time."""
+    moved = [Paged(1, spread=i) for i in range(shards)]
+    parts = [(each.q, each.pages, each.table, each.n) for each in moved]
+    return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
+
+
+def test_every_shard_has_pages_of_its_own() -> None:
+    """Bit for bit what a shard alone gives."""
     case = Paged(1)
+    q, pages, table, lengths = sharded(case, 3)
+    assert pages.shape[0] == 3
     expected = run(attend_paged, case.q, case.pages, case.table, case.n)
-    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-    q, pages = jax.device_put((case.q, case.pages), heads)
-    found = run(attend_paged, q, pages, case.table, case.n)
+    found = run(attend_paged, q, pages, table, lengths).reshape(3, *expected.shape)
+    for part in found:
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("sizes, shards", [((1, 4, 2), 1), ((4, 1, 2), 4)])
+def test_pages_on_a_mesh(sizes: tuple[int, int, int], shards: int) -> None:
+    """Shards over data, heads over tensor."""
+    mesh = make_mesh(MeshConfig(*sizes))
+    q, pages, table, lengths = sharded(Paged(1), shards)
+    expected = run(attend_paged, q, pages, table, lengths)
+    split = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    q, table, lengths = jax.device_put(q, split), *jax.device_put((table, lengths), split.update(spec=("data",)))
+    pages = jax.device_put(pages, split.update(spec=("data", None, None, "tensor")))
+    np.testing.assert_allclose(run(attend_paged, q, pages, table, lengths), expected, atol=1e-6)
+
+
+def test_pages_of_int8_have_scales() -> None:
+    """Each head of each token its own; what is read is their product, wherever it lies."""
+    case, rng = Paged(1), np.random.default_rng(0)
+    numbers = jnp.asarray(rng.integers(-127, 128, case.pages.shape), jnp.int8)
+    scales = jnp.asarray(rng.uniform(0.001, 0.02, case.pages.shape[:-1]), jnp.float32)
+    products = numbers.astype(jnp.float32) * scales[..., None]
+    expected = run(attend_paged, case.q, products, case.table, case.n)
+    found = run(lambda *x, **o: attend_paged(*x[:4], scales=x[4], **o), case.q, numbers, case.table, case.n, scales)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found[1:]).min() > 0
+    unscaled = run(attend_paged, case.q, numbers.astype(jnp.float32), case.table, case.n)
+    assert np.abs(unscaled - expected).max() > 1
 
 
 def test_refusals() -> None:

@@ -104,8 +104,8 @@ def test_ragged_matches_pages(
     rng, b = np.random.default_rng(0), len(lengths)
     table = jnp.asarray(rng.permutation(b * 6).reshape(b, 6), jnp.int32)
     q = jnp.asarray(rng.normal(size=(b, t, 8 * kv_heads, hd)), jnp.float32)
-    pages = jnp.asarray(rng.normal(size=(b * 6, 8, 2 * kv_heads, hd)), jnp.float32)
-    pages = jnp.pad(pages, ((0, 0), (0, 0), (0, 0), (0, 128 - hd)))
+    pages = jnp.asarray(rng.normal(size=(1, b * 6, 8, 2 * kv_heads, hd)), jnp.float32)
+    pages = jnp.pad(pages, ((0, 0),) * 4 + ((0, 128 - hd),))
     arguments = q, pages, table, jnp.asarray(lengths, jnp.int32)
     expected = run(attend_paged, *arguments, window=window)
     np.testing.assert_allclose(run(attend_paged, *arguments, window=window, kind="splash"), expected, atol=2e-6)
@@ -113,10 +113,18 @@ def test_ragged_matches_pages(
 
 
 def test_ragged_leaves_other_head_sizes_to_xla() -> None:
-    pages = jnp.ones((4, 8, 2, 256))
+    pages = jnp.ones((1, 4, 8, 2, 256))
     assert not attention_kernels.ragged_can(pages)
+    assert not attention_kernels.ragged_can(jnp.ones((1, 4, 8, 2, 128), jnp.int8)), "int8 is left to XLA as well"
+    assert attention_kernels.ragged_can(jnp.ones((1, 4, 8, 2, 128)))
     arguments = jnp.ones((1, 1, 2, 256)), pages, jnp.arange(4)[None], jnp.asarray([9])
     np.testing.assert_array_equal(run(attend_paged, *arguments, kind="splash"), np.ones((1, 1, 2, 256)))
+
+
+def test_ragged_shards_need_a_mesh() -> None:
+    arguments = jnp.ones((2, 1, 2, 128)), jnp.ones((2, 4, 8, 2, 128)), jnp.zeros((2, 1), jnp.int32), jnp.asarray([1, 1])
+    with pytest.raises(ValueError, match="2 shards of pages need the mesh they lie on"):
+        attend_paged(*arguments, scale=0.3, kind="splash")
 
 
 @pytest.fixture
@@ -167,16 +175,18 @@ def test_splash_compiles_for_tpu(
     indirect=["chips"],
 )
 def test_ragged_compiles_for_tpu(chips: Mesh, heads: int, kv_heads: int, hd: int, t: int, window: int | None) -> None:
-    b, page = 32, 64
+    """On a mesh as the sampler makes it: heads over tensor as far as they divide, the rest are shards over data."""
+    b, page, shards = 32, 64, 4 // kv_heads
+    mesh = make_mesh(MeshConfig(shards, 1, kv_heads), chips.devices.flat)
 
     def step(*arguments: Array) -> Array:
-        return attend_paged(*arguments, scale=hd**-0.5, window=window, kind="splash", mesh=chips)
+        return attend_paged(*arguments, scale=hd**-0.5, window=window, kind="splash", mesh=mesh)
 
     compiled = jax.jit(step).lower(
-        on(chips, (b, t, heads, hd), jnp.bfloat16, None, None, "tensor"),
-        on(chips, (256, page, 2 * kv_heads, 128), jnp.bfloat16, None, None, "tensor"),
-        on(chips, (b, 128), jnp.int32),
-        on(chips, (b,), jnp.int32),
+        on(mesh, (b, t, heads, hd), jnp.bfloat16, "data", None, "tensor"),
+        on(mesh, (shards, 256, page, 2 * kv_heads, 128), jnp.bfloat16, "data", None, None, "tensor"),
+        on(mesh, (b, 128), jnp.int32, "data"),
+        on(mesh, (b,), jnp.int32, "data"),
     )
     assert "tpu_custom_call" in compiled.compile().as_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from azr_jax.models.config import FAMILIES, ModelConfig
 from azr_jax.models.transformer import Params, forward, unembed
 from azr_jax.models.weights import load_weights, save_weights
 from azr_jax.rollout.engine import Engine
-from azr_jax.rollout.request import Request, request_key
+from azr_jax.rollout.request import Completion, Request, request_key
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
@@ -71,17 +72,42 @@ def test_every_family_is_here():
     assert {ModelConfig.load(GOLDEN / name).model_type for name in NAMES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_greedy_text_is_theirs(name):
-    """64 tokens from every prompt, through the sampler: cache, windows, positions, whatever the batch."""
+@cache
+def sampled(name: str) -> tuple[list[Request], list[Completion]]:
+    """64 tokens from every prompt through the sampler, greedily first, then with two temperatures."""
     config, params, tokens, _ = golden(name)
-    arrays = load_file(GOLDEN / name / "expected.safetensors")
     tokenizer = SimpleNamespace(eos_ids=frozenset(), pad_id=0)  # ids are all the sampler needs here
     rollout = RolloutConfig(max_prompt=12, max_response=64, slots=8)
     engine = Engine(config, rollout, tokenizer, make_mesh(MeshConfig()))
-    requests = [Request(tuple(map(int, t)), request_key(0, i), 0.0) for i, t in enumerate(tokens)]
-    for i, completion in enumerate(engine.generate(params, requests)):
+    prompts = [tuple(map(int, t)) for t in tokens]
+    requests = [Request(p, request_key(0, i), t) for t in (0.0, 1.0, 0.6) for i, p in enumerate(prompts)]
+    return requests, engine.generate(params, requests)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_theirs(name):
+    """Through the sampler: cache, windows, positions, whatever the batch."""
+    arrays = load_file(GOLDEN / name / "expected.safetensors")
+    for i, completion in enumerate(sampled(name)[1][: len(arrays) // 3]):
         assert list(completion.tokens) == arrays[f"greedy_{i}"].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_log_probabilities_of_the_sampler_are_the_learners(name):
+    """What the ratio of the policy gradient starts from: the same number, up to rounding."""
+    config, params, _, _ = golden(name)
+    requests, completions = sampled(name)
+    sequences = [np.append(r.prompt, c.tokens) for r, c in zip(requests, completions, strict=True)]
+    logits = logits_of(config, params, rows([[(0, ids)] for ids in sequences], 80)).astype(np.float64)
+    differences = []
+    for row, request, completion in zip(logits, requests, completions, strict=True):
+        n = len(completion.tokens)
+        assert n == 64
+        row = row[len(request.prompt) - 1 :][:n] / (request.temperature or 1.0)
+        row -= row.max(axis=-1, keepdims=True)
+        learned = row[np.arange(n), completion.tokens] - np.log(np.exp(row).sum(axis=-1))
+        differences.append(np.abs(completion.logprobs - learned))
+    assert np.mean(differences) < 1e-5 and np.max(differences) < 1e-4
 
 
 @pytest.mark.parametrize("mesh_config", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")

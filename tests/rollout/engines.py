@@ -7,12 +7,13 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from azr_jax.config import MeshConfig, RolloutConfig
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.transformer import Params, init_params
+from azr_jax.models.transformer import Params, Spec, param_specs
 from azr_jax.rollout import sizing
 from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Completion, Request, request_key
@@ -42,8 +43,12 @@ class Letters:
 @cache
 def params_of(seed: int = 5) -> Params:
     """Random weights whose distributions are neither flat nor certain."""
-    keys = iter(jax.random.split(jax.random.key(seed), 32))
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), init_params(MODEL, 0))
+    rng = np.random.default_rng(seed)
+
+    def made(spec: Spec) -> jax.Array:
+        return jnp.asarray((spec.init == "ones") + 0.2 * rng.normal(size=spec.shape), jnp.float32)
+
+    params: Params = jax.tree.map(made, param_specs(MODEL), is_leaf=lambda x: isinstance(x, Spec))
     return params | {"final_norm": 0.8 * params["final_norm"]}
 
 
@@ -70,7 +75,7 @@ def engine(
     device.kind = kind
     device.widths = sizing.table_widths(config, kind)
     if banned:
-        made.banned = jax.numpy.zeros(MODEL.vocab_size, bool).at[jax.numpy.array(banned)].set(True)
+        made.banned = jnp.zeros(MODEL.vocab_size, bool).at[jnp.array(banned)].set(True)
     if compiled:
         device._programs = _programs(config, eos, mesh, kind, bool(banned))
     return made

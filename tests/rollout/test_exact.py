@@ -1,4 +1,4 @@
-"""A completion depends on its request and the weights alone, bit for bit: not on company, order, slot, pages or time."""
+"""A completion depends on its request and the weights alone, bit for bit: not on company, order, slot, pages, time."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class Case(NamedTuple):
     kind: str
     few_pages: int
     requests: tuple[Request, ...]
+
+    @property
+    def few_gb(self) -> float:
+        return (self.few_pages + 0.5) * self.config.page * TOKEN_BYTES / 2**30
 
     def engine(self, **changes: object) -> Engine:
         return engine(replace(self.config, **changes), self.eos, kind=self.kind)
@@ -95,20 +99,18 @@ def test_in_another_slot(case: Case) -> None:
         assert_same([finish(busy)[index]], [expected(case)[index]])
 
 
-@pytest.mark.parametrize("name", ["working", "chunked"])
-def test_thrown_out_and_replayed(name: str) -> None:
+def test_thrown_out_and_replayed() -> None:
     """So few pages that sequences start over, and prompts are forgotten."""
-    case = CASES[name]
-    scarce = case.engine(cache_gb=(case.few_pages + 0.5) * case.config.page * TOKEN_BYTES / 2**30)
+    case = CASES["working"]
+    scarce = case.engine(cache_gb=case.few_gb)
     assert_same(scarce.generate(params_of(), case.requests), expected(case))
-    assert scarce._device.layout.pages == case.few_pages
-    assert scarce.stats.preempted > 0
+    assert scarce._device.layout.pages == case.few_pages and scarce.stats.preempted > 0
 
 
 @each_case
 @pytest.mark.parametrize("seed", [0, 1])
 def test_amid_requests_that_come_and_go(case: Case, seed: int) -> None:
-    """Submitted a few at a time, between blocks, with strangers of any length, half of whom are cancelled on the way."""
+    """Submitted a few at a time, between blocks, with strangers of any length, some of whom are cancelled."""
     rng = np.random.default_rng(seed)
     crowd = case.engine()
     crowd.load(params_of())
@@ -136,16 +138,19 @@ def test_amid_requests_that_come_and_go(case: Case, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def restarted() -> Engine:
-    """With programs of its own."""
-    made = engine(LONG, frozenset(), compiled=False)
+    """With programs of its own, and few pages."""
+    case = CASES["chunked"]
+    made = engine(replace(LONG, cache_gb=case.few_gb), case.eos, compiled=False)
     made.load(params_of())
     made.warm_up()
     return made
 
 
 def test_after_a_restart(restarted: Engine) -> None:
+    """And with so few pages that sequences start over in the middle of their second chunk."""
     case = CASES["chunked"]
     assert_same(restarted.generate(params_of(), case.requests), expected(case))
+    assert restarted._device.layout.pages == case.few_pages and restarted.stats.preempted > 3
 
 
 def test_nothing_is_compiled_after_the_warm_up(restarted: Engine) -> None:
@@ -170,7 +175,7 @@ def test_nothing_is_compiled_after_the_warm_up(restarted: Engine) -> None:
 
 
 def test_in_other_shapes() -> None:
-    """Slots that are no power of two, other blocks, pages, buckets and limits: to rounding, sums are in another order."""
+    """Slots that are no power of two, other blocks, pages and limits: to rounding, sums are in another order."""
     case = CASES["working"]
     other = case.engine(slots=6, block=7, max_prompt=24, max_response=31, page=16)
     for got, want in zip(other.generate(params_of(), case.requests), expected(case), strict=True):
@@ -184,16 +189,11 @@ def test_pages_read_in_place() -> None:
     assert_same(expected(CASES["paged"]), expected(CASES["working"]), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "kind", "grid"),
-    [(MeshConfig(1, 8, 1), "working", (4, 1, 2)), (MeshConfig(1, 3, 1), "xla", (3, 1, 1))],
-    ids=["8 devices", "3 devices, paged"],
-)
-def test_on_many_devices(mesh: MeshConfig, kind: str, grid: tuple[int, ...]) -> None:
+def test_on_many_devices() -> None:
     """Weights as the learner has them; the engine makes a mesh of its own, whose shards share nothing."""
     case = CASES["working"]
-    many = engine(SHORT, EOS, mesh, kind=kind)
-    assert many._device.mesh.devices.shape == grid
+    many = engine(SHORT, EOS, MeshConfig(1, 8, 1))
+    assert many._device.mesh.devices.shape == (4, 1, 2)
     params = jax.device_put(params_of(), param_shardings(MODEL, many.mesh))
     assert_same(many.generate(params, case.requests), expected(case), atol=1e-5)
     assert 0 < many.stats.shared < len(case.requests)

@@ -271,4 +271,4 @@ def shard_of(sequence: Sequence) -> int:
 
 
 TestBooks = Books.TestCase
-TestBooks.settings = settings(max_examples=200, stateful_step_count=50)
+TestBooks.settings = settings(max_examples=120, stateful_step_count=50)

@@ -15,19 +15,18 @@ from azr_jax.dist.mesh import make_mesh
 from azr_jax.learn.packing import Trajectory, pack
 from azr_jax.learn.state import init_state
 from azr_jax.learn.step import make_logprobs, make_update
-from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import Tokenizer, load_tokenizer
-from azr_jax.models.transformer import init_params
 from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Completion, Request, request_key
+from azr_jax.rollout.scheduler import Scheduler
 from azr_jax.selfplay import Attempt
 from azr_jax.tasks.full import FullFormat
 from azr_jax.tasks.kinds import Kind, Role
 from tests.models import tokenizer_folders as made
+from tests.rollout.engines import MODEL, engine, params_of
 
-MODEL = ModelConfig(64, 32, 64, 2, 4, 2, 8)
 ROLLOUT = RolloutConfig(max_prompt=8, max_response=16, slots=16, block=4, temperature=0.8)
-BANNED = [1, 5, 40, 41, 42, 43, 44, 63]
+BANNED = [1, 5, 39, 41, 42, 43, 44, 63]
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +56,13 @@ def test_a_stop_string_that_ends_inside_a_token(tokenizer, before, last, after) 
     (end,) = tokenizer.encode(last)
     ids = [*tokenizer.encode(before), end, *tokenizer.encode(after)]
     keep = len(tokenizer.encode(before)) + 1
-    state = SimpleNamespace(tokens=jnp.array([ids]), length=jnp.array([len(ids)]))
-    assert engine._stopped(state, [(0, 0)]) == {0: keep}
-    completion = engine._complete(np.array(ids[:keep], np.int32), np.zeros(keep, np.float32), True)
-    assert completion.finish == "stop" and completion.tokens.tolist() == ids[:keep]
+    sequence = Scheduler(1, 8, 8, 4).submit(Request((1,), (0, 0)), 100)
+    found = None
+    for n in range(0, len(ids) + 3, 3):  # as blocks bring them
+        sequence.tokens = ids[:n]
+        found = found or engine._stop_cut(sequence)
+    assert found == keep
+    completion = Completion(np.array(ids[:keep], np.int32), np.zeros(keep, np.float32), "stop")
     assert engine.text(completion) == before.removesuffix("</answ").removesuffix("</answer") + "</answer>"
 
 
@@ -88,15 +90,15 @@ def test_ids_reach_the_learner_as_sampled(tokenizer) -> None:
 
 def test_banned_tokens_are_in_neither_distribution() -> None:
     """Never sampled, and the learner's log-probabilities are still the sampler's."""
-    stub = SimpleNamespace(eos_ids=frozenset({3}), pad_id=0)
-    grid = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    banned = jnp.zeros(64, bool).at[jnp.array(BANNED)].set(True)
-    params = jax.tree.map(lambda x: 8 * x if x.ndim == 2 else x, init_params(MODEL, 0))
-    config = Config(
-        rollout=ROLLOUT, learn=LearnConfig(row_tokens=32, rows=2, remat="none", entropy_coef=0.01, kl="k3")
-    )
-    requests = [Request((7, 8, 9 + i), request_key(0, i), (0.8, 0.0)[i == 15]) for i in range(16)]
-    free, bound = (Engine(MODEL, ROLLOUT, stub, grid, banned=b).generate(params, requests) for b in (None, banned))
+    config = Config(rollout=ROLLOUT, learn=LearnConfig(row_tokens=32, rows=2, remat="none", entropy_coef=0.01, kl="k3"))
+    params = params_of()
+    requests = [
+        Request((7, 8, 9 + i), request_key(0, i), (0.8, 0.0)[i == 15], max_tokens=ROLLOUT.max_response)
+        for i in range(16)
+    ]
+    engines = engine(), engine(banned=tuple(BANNED))
+    free, bound = (each.generate(params, requests) for each in engines)
+    grid, banned = engines[1].mesh, engines[1].banned
     sampled = np.concatenate([c.tokens for c in bound])
     assert set(BANNED) & set(np.concatenate([c.tokens for c in free]).tolist())  # else this shows nothing
     assert not set(BANNED) & set(sampled.tolist())
