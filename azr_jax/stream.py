@@ -69,12 +69,14 @@ class Stream:
             if self.engine.busy:
                 self.engine.step()
             for name, completion in self.engine.poll().items():
-                attempt, heard = self._responses.pop(name)
-                attempt.completion = completion
-                attempt.response = self.engine.text(completion)
-                heard(attempt)
+                entry = self._responses.pop(name, None)  # None: dropped by what an earlier response led to
+                if entry is not None:
+                    attempt, heard = entry
+                    attempt.completion = completion
+                    attempt.response = self.engine.text(completion)
+                    heard(attempt)
             idle = not (self.engine.busy or self._requests or self._questions)
             for verdict in self.pool.poll(IDLE_SECONDS if idle and self._checks else 0.0):
-                entry = self._checks.pop(verdict.id, None)  # None: its attempt was dropped
-                if entry is not None:
-                    entry[1](entry[0], verdict)
+                asked = self._checks.pop(verdict.id, None)  # None: its attempt was dropped
+                if asked is not None:
+                    asked[1](asked[0], verdict)

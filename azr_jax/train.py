@@ -28,6 +28,7 @@ from azr_jax.executor import ExecutorPool
 from azr_jax.learn.prepare import prepare
 from azr_jax.learn.state import TrainState, init_state, param_shardings
 from azr_jax.learn.step import Update, make_update, micro_rows
+from azr_jax.learn.throughput import throughput
 from azr_jax.micro.language import is_held_out
 from azr_jax.models.attention import attend
 from azr_jax.models.attention_choice import choose_attention
@@ -134,7 +135,9 @@ class Run:
         batch, stats = prepare(trajectories, self.config, self.rows)
         if not batch.n_micro:  # every response was cut and `learn.overlong` leaves them out
             return state, {}
+        start = time.monotonic()
         state, metrics = self.update(state, batch)
+        metrics |= throughput(batch, time.monotonic() - start, self.model, self.mesh.devices.flatten().tolist())
         self.skipped = self.skipped + 1 if metrics["learner/skipped"] else 0
         if self.skipped >= MOST_SKIPS:
             raise UserError(

@@ -59,6 +59,11 @@ class Device:
         self._layout: Layout | None = None
         self.banned: jax.Array | None = None
 
+    @property
+    def loaded(self) -> bool:
+        """Whether there are weights."""
+        return self._weights is not None
+
     def holds(self, params: Params) -> bool:
         """Whether `params` are what is loaded."""
         return self._weights is not None and params is self._source

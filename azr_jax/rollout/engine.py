@@ -147,8 +147,11 @@ class Engine:
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests, all or none.
 
-        ValueError: a prompt that is empty or longer than max_prompt, max_tokens below 1, an id that is under way.
+        ValueError: a prompt that is empty or longer than max_prompt, max_tokens below 1, a negative temperature, an id
+        that is under way; or no weights were loaded.
         """
+        if not self._device.loaded:
+            raise ValueError("the engine has no weights: `load` comes first")
         requests = list(requests)
         new: set[object] = set()
         for request in requests:
@@ -156,6 +159,8 @@ class Engine:
                 raise ValueError(f"a prompt has {len(request.prompt)} tokens, not 1 to {self.config.max_prompt}")
             if request.max_tokens is not None and request.max_tokens < 1:
                 raise ValueError(f"max_tokens = {request.max_tokens} must be 1 or more")
+            if not request.temperature >= 0:
+                raise ValueError(f"temperature = {request.temperature} must be 0 or more")
             if request.id in new or request.id in self._live or request.id in self._done:
                 raise ValueError(f"a request with id {request.id!r} is under way already")
             new.add(request.id)

@@ -129,6 +129,8 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
             "prefilled": "prompts whose keys and values were computed",
             "shared": "responses that continue a prompt computed before",
             "preempted": "responses that had to start over because the cache was full",
+            "update_tokens_per_second": "tokens of prompts and responses over the time of the update, with compiling",
+            "mfu": "share of the devices' peak that went into the update's model FLOPs; on devices whose peak is known",
             "rss_mb": "resident memory of the trainer process, MiB",
             "compiles": "programs compiled so far; constant after the first steps",
         },

@@ -117,6 +117,17 @@ def test_bfloat16_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatc
         assert error < 1.5 * error_at_once  # 1.2; 3 when they are summed in bfloat16
 
 
+def test_blocks_that_nobody_sees_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: NaN in keys and values would spread to every query whose loop meets them."""
+    use_blocks_of(4, monkeypatch)
+    visibility, (q, k, v) = rows([[8, 12, -4], [8, 8, -8]]), arrays(2, 24, 4, 2, 8)
+    expected = with_gradients(lambda *x: attend(*x, visibility, scale=0.3), q, k, v)
+    poisoned = [x.at[:, :8].set(jnp.nan).at[:, 20:].set(jnp.nan) for x in (k, v)]  # whole blocks: 0, 1 and 5
+    found = with_gradients(lambda *x: attend(*x, visibility, scale=0.3)[:, 8:], q, *poisoned)
+    np.testing.assert_array_equal(found[0], expected[0][:, 8:])
+    assert np.isfinite(found[1][:, 8:]).all() and np.isfinite(found[2][:, 8:20]).all()
+
+
 def test_padding_does_not_matter() -> None:
     visibility, (q, k, v) = rows([[-7, 17], [-23, 1]]), arrays(2, 24, 4, 2, 8)
     padding = (visibility.q_segments == 0)[:, :, None, None]

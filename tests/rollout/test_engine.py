@@ -297,7 +297,11 @@ def test_refusals() -> None:
     some = engine()
     with pytest.raises(ValueError, match="nothing was submitted"):
         some.step()
+    with pytest.raises(ValueError, match="`load` comes first"):
+        some.submit([Request((1,), (0, 0))])
     some.load(params_of(), 3)
+    with pytest.raises(ValueError, match="temperature = -1.0 must be 0 or more"):
+        some.submit([Request((1,), (0, 0), -1.0)])
     with pytest.raises(ValueError, match="max_tokens = 0 must be 1 or more"):
         some.submit([Request((1,), (0, 0), max_tokens=0)])
     twice = [Request((1,), (0, 0), id="a"), Request((2,), (0, 0), id="a")]

@@ -1,0 +1,53 @@
+"""How fast an update was: tokens a second, and the share of the devices' peak that went into the model.
+
+Model FLOPs are 6 a token and weight of a matrix product (forward 2, backward 4; arXiv 2001.08361, section 2.1). What
+is computed beyond that (attention scores, recomputation, padding) counts as time, not as work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from azr_jax.learn.packing import PackedBatch
+from azr_jax.models.config import ModelConfig
+from azr_jax.models.transformer import Spec, param_specs
+
+#: Dense bfloat16 FLOP/s of a device, by a part of JAX's name for it, as its maker's data sheet gives them.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of one device; None if it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
+
+
+def flops_a_token(model: ModelConfig) -> float:
+    """Of the forward and backward pass; the embedding counts if logits are made with it."""
+    specs = param_specs(model)
+    if not model.tie_word_embeddings:
+        del specs["embed"]
+    leaves: list[Any] = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec))
+    return 6.0 * sum(math.prod(spec.shape) for spec in leaves if spec.init == "normal")
+
+
+def throughput(
+    batch: PackedBatch, seconds: float, model: ModelConfig, devices: Sequence[jax.Device]
+) -> dict[str, float]:
+    """`perf/update_tokens_per_second` of prompts and responses and, where the peak is known, `perf/mfu`."""
+    rate = float((batch.segments[: batch.n_micro] != 0).sum()) / seconds
+    peak = peak_flops(devices[0].device_kind)
+    found = {"perf/update_tokens_per_second": rate}
+    return found if peak is None else found | {"perf/mfu": rate * flops_a_token(model) / (peak * len(devices))}
