@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from azr_jax.executor import ExecutorPool, Verdict
 from azr_jax.executor import Request as Check
 from azr_jax.micro.language import is_held_out
 from azr_jax.selfplay import CONSTANT_LEARNABILITY, Round, SelfPlay
-from azr_jax.tasks.kinds import GROUPS, KINDS, Kind, Role, group_index
+from azr_jax.tasks.buffers import TaskBuffers
+from azr_jax.tasks.kinds import GROUPS, KINDS, Kind, Proposal, Role, group_index
 from azr_jax.tasks.rewards import Outcome
 from azr_jax.telemetry.metrics import unknown_names
 from azr_jax.telemetry.step_metrics import step_metrics
@@ -230,3 +232,62 @@ def test_prompts_that_do_not_fit_lose_references_not_the_run(run: Run) -> None:
     assert len(attempts) == CONFIG.tasks.batch
     assert all(run.engine.fits(a.prompt) and a.role is Role.PROPOSE for a in attempts)
     assert any(len(a.references) < 6 for a in attempts)
+
+
+class Reordering:
+    """A pool whose verdicts come late, several at a time and the last one first."""
+
+    def __init__(self, pool: ExecutorPool, rng: Random) -> None:
+        self.pool, self.rng = pool, rng
+        self.held: list[Verdict] = []
+
+    def submit(self, requests: list[Check]) -> None:
+        self.pool.submit(requests)
+
+    def poll(self, timeout: float = 0.0) -> list[Verdict]:
+        self.held += self.pool.poll(min(timeout, 0.01))
+        if timeout == 0.0 and self.rng.random() < 0.7:
+            return []
+        ready, self.held = self.held[::-1], []
+        return ready
+
+
+def test_a_step_does_not_depend_on_when_verdicts_come(run: Run, pool: ExecutorPool) -> None:
+    params = run.fresh_state().params
+    state = run.selfplay.buffers.to_json()
+    found = []
+    for judges in (pool, Reordering(pool, Random(1)), Reordering(pool, Random(2))):
+        play = SelfPlay(CONFIG, run.engine, judges, run.prompts, is_held_out)  # type: ignore[arg-type]
+        play.buffers = TaskBuffers.from_json(state, play.rules)
+        step = play.step(params, 7)
+        made = [(a.identity, a.prompt, a.response, a.outcome, a.reason, a.reward, a.scored) for a in step.attempts]
+        found.append((made, play.buffers.to_json()))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "the later one is checked first"])
+def test_of_two_equal_proposals_the_first_is_the_new_one(run: Run, pool: ExecutorPool, order: tuple[int, int]) -> None:
+    """Whichever is checked first; what was asked for the other is withdrawn and its place goes to an old task."""
+    play = variant(run)
+    play.buffers = run.selfplay.buffers
+    made = Round(play, 8)
+    twins = play.proposals(8, [Kind.DEDUCTION], ("step", 8))[:2]
+    asked: list[Attempt] = []
+    dropped: list[Attempt] = []
+    made.stream.respond = lambda attempt, then, priority=0.0: asked.append(attempt)  # type: ignore[method-assign]
+    made.stream.drop = dropped.extend  # type: ignore[method-assign]
+    made.propose(twins)
+    made.solve({kind: list(run.selfplay.buffers.tasks(kind))[: len(twins)] for kind in KINDS})
+    program = "def f(x):\n    return (x, 'of two equal proposals')"
+    for attempt in (twins[i] for i in order):
+        attempt.proposal = Proposal(Kind.DEDUCTION, program, input="1")
+        made.validated(attempt, Verdict(id="", status="ok", output="(1, 'of two equal proposals')"))
+    assert [a.outcome for a in twins] == [Outcome.VALID, Outcome.DUPLICATE]
+    step = made.step()
+    samples = CONFIG.tasks.samples
+    assert [a.identity[:-2] for a in step.estimates] == samples * [twins[0].identity]
+    mine = [a for a in step.solutions if a.kind is Kind.DEDUCTION]
+    assert [a.identity[:-1] for a in mine] == [twins[0].identity, ("step", 8, "solve", "deduction")]
+    assert len(dropped) == (samples + 1 if order == (1, 0) else 0)
+    assert not set(map(id, dropped)) & set(map(id, step.attempts))
+    assert {id(a) for a in asked} == {id(a) for a in [*step.attempts, *dropped]}
