@@ -91,6 +91,7 @@ class Run:
         self.rows = micro_rows(config, self.mesh)
         self.skipped = 0  # updates in a row
         self.audited = False
+        self.banned: jax.Array | None = None  # bool [V], tokens that are never sampled
 
     def warm_up(self, params: Params) -> None:
         """Compile the sampler's programs before they are needed."""
@@ -100,15 +101,16 @@ class Run:
     @cached_property
     def update(self) -> Update:
         """The compiled update; made once it is known which tokens are banned."""
-        banned = self.engine.banned
-        return make_update(self.config, self.model, self.mesh, self.reference, self.attend, banned)
+        return make_update(self.config, self.model, self.mesh, self.reference, self.attend, self.banned)
 
     def fresh_state(self) -> TrainState:
         """The state before the first update. The first call looks over the vocabulary."""
         weights = self._load("float32")
         if not self.audited:
             wanted = self.config.rollout.ban_untrained_tokens
-            self.engine.banned = audit(weights, self.model, self.engine.tokenizer, self.mesh, wanted)
+            self.banned = audit(weights, self.model, self.engine.tokenizer, self.mesh, wanted)
+            if self.banned is not None:
+                self.engine.ban(self.banned)
             self.audited = True
         return init_state(weights, self.config, self.model, self.mesh)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from azr_jax.config import RolloutConfig
+from azr_jax.dist.mesh import replicated
 from azr_jax.models.attention import attend
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.transformer import Params
@@ -57,12 +58,16 @@ class Device:
         self._source: Params | None = None  # what the copy was made from
         self._cache: tuple[Layer, ...] | None = None
         self._layout: Layout | None = None
-        self.banned: jax.Array | None = None
+        self._banned: jax.Array | None = None  # bool [V]
 
     @property
     def loaded(self) -> bool:
         """Whether there are weights."""
         return self._weights is not None
+
+    def ban(self, tokens: np.ndarray) -> None:
+        """Tokens never sampled, bool [V]; before a program is compiled."""
+        self._banned = jax.device_put(tokens, replicated(self.mesh))
 
     def holds(self, params: Params) -> bool:
         """Whether `params` are what is loaded."""
@@ -142,7 +147,7 @@ class Device:
     def decode(self, slots: Slots, enough: int, filtering: Filtering | None = None) -> Block:
         """A block of decoding for slots whose tables have one of `widths`."""
         program = self.program("decode", slots.table.shape[1], filtering is not None)
-        block, self._cache = program(self._weights, self._cache, slots, np.int32(enough), self.banned, filtering)
+        block, self._cache = program(self._weights, self._cache, slots, np.int32(enough), self._banned, filtering)
         return block
 
     def _bucket(self, prefill: Prefill) -> int:
@@ -178,7 +183,7 @@ class Device:
         if filtered:
             parts: list[Any] = [array(i32, b), *(array(f32, b) for _ in range(5)), array(bool, b, v), array(i32, b, v)]
             filtering = Filtering(*parts)
-        banned = None if self.banned is None else array(bool, v, split=False)
+        banned = None if self._banned is None else array(bool, v, split=False)
         steps = self.config.block
         block = partial(
             programs.decode, eos=self._eos, config=self.model, layout=self.layout, steps=steps, mesh=self.mesh

@@ -99,14 +99,9 @@ class Engine:
 
     # Weights
 
-    @property
-    def banned(self) -> jax.Array | None:
-        """bool [V], tokens never sampled; set before `warm_up`."""
-        return self._device.banned
-
-    @banned.setter
-    def banned(self, tokens: jax.Array | None) -> None:
-        self._device.banned = tokens
+    def ban(self, tokens: jax.Array | np.ndarray) -> None:
+        """Never sample these tokens, bool [V]; before `warm_up`."""
+        self._device.ban(np.asarray(tokens))
 
     def load(self, params: Params, version: int = 0) -> None:
         """Sample from `params` (the learner's, any mesh and dtype) from now on; the cache starts empty.

@@ -75,7 +75,7 @@ def engine(
     device.kind = kind
     device.widths = sizing.table_widths(config, kind)
     if banned:
-        made.banned = jnp.zeros(MODEL.vocab_size, bool).at[jnp.array(banned)].set(True)
+        made.ban(np.isin(np.arange(MODEL.vocab_size), banned))
     if compiled:
         device._programs = _programs(config, eos, mesh, kind, bool(banned))
     return made

@@ -98,7 +98,7 @@ def test_banned_tokens_are_in_neither_distribution() -> None:
     ]
     engines = engine(), engine(banned=tuple(BANNED))
     free, bound = (each.generate(params, requests) for each in engines)
-    grid, banned = engines[1].mesh, engines[1].banned
+    grid, banned = engines[1].mesh, jnp.isin(jnp.arange(MODEL.vocab_size), jnp.array(BANNED))
     sampled = np.concatenate([c.tokens for c in bound])
     assert set(BANNED) & set(np.concatenate([c.tokens for c in free]).tolist())  # else this shows nothing
     assert not set(BANNED) & set(sampled.tolist())
@@ -124,8 +124,11 @@ def test_a_run_bans_on_request(tmp_path) -> None:
     config = Config(rollout=replace(ROLLOUT, ban_untrained_tokens=True))
     pool = SimpleNamespace(stats=dict)
     run = Run(config, pool)  # type: ignore[arg-type]
-    assert run.engine.banned is None
+    assert run.banned is None
     run.fresh_state()
-    assert run.engine.banned is not None and run.engine.banned.shape == (run.model.vocab_size,)
+    assert run.banned is not None and run.banned.shape == (run.model.vocab_size,)
     ends = sorted(run.engine.tokenizer.eos_ids)
-    assert not np.asarray(run.engine.banned)[ends].any()
+    assert not np.asarray(run.banned)[ends].any()
+    run.engine.load(run.fresh_state().params)
+    (completion,) = run.engine.generate(run.first_weights(), [Request((5, 6), request_key(0, 1), max_tokens=8)])
+    assert not np.asarray(run.banned)[completion.tokens].any()
