@@ -49,12 +49,18 @@ RULES = Rules()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh of the given sizes over `devices` (default: all of them); one size may be 0, "what the others leave".
+    """Mesh of the given sizes over `devices` (default: all of them). ConfigError as `mesh_sizes`."""
+    found = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config, len(found))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Size of each axis over so many devices; one that is 0 becomes "what the others leave".
 
     ConfigError: a negative size, two zeros, or sizes whose product is not the number of devices.
     """
-    found = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes: dict[str, int] = {axis: getattr(config, axis) for axis in AXES}
     text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     if min(sizes.values()) < 0:
         raise ConfigError(f"{text}: a mesh axis cannot be negative; use 0 for all devices the other axes leave")
@@ -63,14 +69,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         names = " or ".join(f"mesh.{axis}" for axis in free)
         raise ConfigError(f"{text}: only one mesh axis can be 0; give a size to {names}")
     fixed = int(np.prod([size for size in sizes.values() if size]))
-    if free and len(found) % fixed == 0:
-        sizes[free[0]] = len(found) // fixed
-    elif free or fixed != len(found):
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    elif free or fixed != devices:
         needed = "divide" if free else "equal"
         raise ConfigError(
-            f"{text}: the sizes multiply to {fixed}, which must {needed} the {len(found)} devices there are"
+            f"{text}: the sizes multiply to {fixed}, which must {needed} the {devices} devices there are"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found)
+    return sizes
 
 
 def sharding_for(spec: LogicalArray, mesh: Mesh, rules: Rules = RULES) -> NamedSharding:

@@ -17,6 +17,9 @@ from azr_jax.config import LearnConfig
 from azr_jax.models.transformer import Array
 from azr_jax.tasks.kinds import GROUPS
 
+#: Upper bounds of the levels in which |logp - old| is counted, four to a factor of ten; a last level is open.
+GAP_LEVELS = tuple(10.0 ** (exponent / 4) for exponent in range(-32, 5))
+
 #: Bound on |log ratio| before exponentiation: one absurd token cannot overflow (verl/trainer/ppo/core_algos.py).
 MAX_LOG_RATIO = 20.0
 
@@ -27,7 +30,8 @@ class Totals(NamedTuple):
     Sums over trained tokens: surrogate (the clipped objective, negated), entropy [6] and tokens [6] by group, ratio
     (of learner to sampler) and its square, clipped_low, clipped_high and truncated (counts of tokens whose gradient
     the clip removed, or whose importance weight was capped), gap (|logp - old|), k3 (the k3 estimate of
-    KL(old || new)), reference_kl (the penalty, before its coefficient). Maxima: ratio_max, gap_max.
+    KL(old || new)), reference_kl (the penalty, before its coefficient). Maxima: ratio_max, gap_max. Counts [38] of
+    tokens by GAP_LEVELS: gap_levels.
     """
 
     surrogate: Array
@@ -43,12 +47,13 @@ class Totals(NamedTuple):
     reference_kl: Array
     ratio_max: Array
     gap_max: Array
+    gap_levels: Array
 
     @classmethod
     def zero(cls) -> Totals:
         """The neutral element of `+`."""
-        scalar, groups = jnp.zeros((), jnp.float32), jnp.zeros((len(GROUPS),), jnp.float32)
-        return cls(**{name: groups if name in ("entropy", "tokens") else scalar for name in cls._fields})
+        sizes = {"entropy": (len(GROUPS),), "tokens": (len(GROUPS),), "gap_levels": (len(GAP_LEVELS) + 1,)}
+        return cls(**{name: jnp.zeros(sizes.get(name, ()), jnp.float32) for name in cls._fields})
 
     def merge(self, other: Totals) -> Totals:
         """Sums add up, maxima are taken."""
@@ -118,8 +123,18 @@ def policy_loss(
         reference_kl=jnp.sum(mask * kl),
         ratio_max=jnp.max(jnp.where(mask > 0, ratio, 0.0)),
         gap_max=jnp.max(mask * gap),
+        gap_levels=jnp.zeros(len(GAP_LEVELS) + 1).at[jnp.searchsorted(jnp.array(GAP_LEVELS), gap)].add(mask),
     )
     return numerator, lax.stop_gradient(totals)
+
+
+def gap_quantile(levels: Array, share: float) -> Array:
+    """Upper bound of the level that holds the `share` quantile of |logp - old|; inf for the open one.
+
+    levels: `Totals.gap_levels`, float32 [38].
+    """
+    reached = jnp.cumsum(levels) >= share * jnp.sum(levels)
+    return jnp.array([*GAP_LEVELS, jnp.inf], jnp.float32)[jnp.argmax(reached)]
 
 
 def kl_estimate(difference: Array, kind: str) -> Array:

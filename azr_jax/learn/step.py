@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from azr_jax.config import Config
 from azr_jax.dist.mesh import replicated, row_sharding, row_shards
 from azr_jax.learn.logprobs import chunk_tokens, next_token_logprobs
-from azr_jax.learn.loss import Totals, policy_loss
+from azr_jax.learn.loss import Totals, gap_quantile, policy_loss
 from azr_jax.learn.optimizer import learning_rate, make_optimizer
 from azr_jax.learn.packing import PackedBatch
 from azr_jax.learn.state import TrainState, param_shardings, state_shardings
@@ -262,6 +262,7 @@ def _token_means(totals: Totals, config: Config) -> dict[str, Array]:
         "clip_low": totals.clipped_low * share,
         "clip_high": totals.clipped_high * share,
         "logp_gap_mean": totals.gap * share,
+        "logp_gap_p99": gap_quantile(totals.gap_levels, 0.99),
         "logp_gap_max": totals.gap_max,
         "kl": totals.k3 * share,
     }

@@ -92,6 +92,7 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
             "clip_high": "share of tokens whose ratio is above 1 + clip_high and whose gradient is cut by it",
             "kl": "estimate of KL from sampler to learner a token, mean of ratio - 1 - log ratio (nats)",
             "logp_gap_mean": "mean absolute difference of log-probability between sampler and learner",
+            "logp_gap_p99": "99th percentile of it, rounded up to one of four levels to a factor of ten",
             "logp_gap_max": "largest such difference",
             "lr": "learning rate",
             "rows": "packed rows",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from azr_jax.config import LearnConfig
-from azr_jax.learn.loss import Totals, kl_estimate, policy_loss
+from azr_jax.learn.loss import Totals, gap_quantile, kl_estimate, policy_loss
 
 CONFIG = LearnConfig(clip_low=0.2, clip_high=0.3, entropy_coef=0.05)
 T = 6
@@ -211,3 +211,24 @@ def test_weights_scale_each_token() -> None:
         alone = {**arrays, "weights": np.where(np.arange(T) == position, arrays["mask"], 0)}
         parts.append(float(loss(**alone)[0]))
     assert float(loss(**arrays)[0]) == pytest.approx(float((arrays["weights"][0] * parts).sum()), abs=1e-5)
+
+
+def test_the_quantile_of_the_gap_is_at_most_a_level_above_the_true_one() -> None:
+    rng = np.random.default_rng(0)
+    gaps = 10 ** rng.uniform(-7, 0, 4000)
+    mask = rng.random(4000) < 0.7
+    shape = (40, 100)
+    old = np.zeros(shape, np.float32)
+    new = (gaps * rng.choice([-1, 1], 4000)).astype(np.float32).reshape(shape)
+    ones, group = np.ones(shape, np.float32), np.zeros(shape, np.int32)
+    arrays = (new, old, old, ones, mask.reshape(shape).astype(np.float32), ones, group)
+    halves = [
+        policy_loss(*(jnp.asarray(x[part]) for x in arrays), LearnConfig())[1] for part in np.split(np.arange(40), 2)
+    ]
+    totals = halves[0].merge(halves[1])
+    assert float(totals.gap_levels.sum()) == mask.sum()
+    for share in (0.5, 0.99):
+        true = np.quantile(gaps[mask], share)
+        assert true <= float(gap_quantile(totals.gap_levels, share)) <= true * 10**0.26
+    far = totals._replace(gap_levels=jnp.zeros(38).at[-1].set(5.0))
+    assert np.isinf(gap_quantile(far.gap_levels, 0.99)) and float(gap_quantile(Totals.zero().gap_levels, 0.99)) < 1e-7
