@@ -321,6 +321,15 @@ def test_weights_are_gathered_layer_by_layer() -> None:
     assert not [s for s in gathered if t in s], "activations are gathered"
 
 
+def test_looking_up_embeddings_moves_no_activations() -> None:
+    t = 48
+    text = compiled_text(ModelConfig(1000, 64, 256, 1, 8, 4, 8), CONFIG, MeshConfig(2, 2, 2), 8, t)
+    gathered = shapes_in(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert (500, 64) in gathered  # the table, whole along D
+    assert not [s for s in gathered if t in s], "activations are gathered"
+    assert "collective-permute" not in text
+
+
 @pytest.mark.parametrize("poison", ["nan advantage", "no tokens"])
 def test_a_bad_step_is_skipped_and_counted(poison: str) -> None:
     batch = packed() if poison == "nan advantage" else pack([], [], 32, 2, 12)
