@@ -126,8 +126,9 @@ class SelfPlay:
     def old_tasks(self, number: int) -> dict[Kind, list[Task]]:
         """B tasks of each kind from the buffers, for the solver.
 
-        Where the preset's solver trains on this step's tasks, these stand in for proposals that turn out to be none
-        (paper section 3.3.2), in this order; else they are last step's, topped up from history, and all are used.
+        Where the preset's solver trains on this step's tasks, each stands in for the proposal in its place, should
+        that turn out to be none (paper section 3.3.2); else they are last step's, topped up from history, and all are
+        used.
         """
         found = {}
         for kind in KINDS:
@@ -201,8 +202,8 @@ class Round:
         self.proposed: list[Attempt] = []
         self.estimates: dict[Attempt, list[Attempt]] = {}  # by proposal
         self.fresh: dict[Attempt, Attempt] = {}  # solutions of this step's tasks, by proposal
-        self.old: dict[Kind, list[Attempt]] = {kind: [] for kind in KINDS}  # of tasks from the buffers
-        self.history: dict[Kind, list[Task]] = {kind: [] for kind in KINDS}  # of which more can be drawn
+        self.old: dict[tuple[Kind, int], Attempt] = {}  # solutions of tasks from the buffers, by place
+        self.history: dict[Kind, list[Task]] = {kind: [] for kind in KINDS}  # the stand-in of each place
         self.newest: dict[str, Attempt] = {}  # the valid proposal of each canonical task
 
     def propose(self, attempts: list[Attempt]) -> None:
@@ -212,14 +213,15 @@ class Round:
             self.stream.respond(attempt, self.read_proposal, self.play.priority(attempt.role, attempt.kind))
 
     def solve(self, tasks: dict[Kind, list[Task]]) -> None:
-        """Tasks from the buffers: all of them at once, or one for each proposal that is no new task."""
-        self.history = {kind: list(tasks[kind]) for kind in KINDS}
+        """Tasks from the buffers: all of them at once, or each if the proposal in its place is no new task."""
+        self.history = tasks
+        waiting: set[tuple[Kind, int]] = set()
+        if self.play.rules.solver_tasks == "this_step":
+            waiting = {place_of(attempt) for attempt in self.proposed}
         for kind in KINDS:
-            waiting = 0
-            if self.play.rules.solver_tasks == "this_step":
-                waiting = sum(attempt.kind is kind for attempt in self.proposed)
-            for _ in range(len(tasks[kind]) - waiting):
-                self.solve_old(kind)
+            for index in range(len(tasks[kind])):
+                if (kind, index) not in waiting:
+                    self.solve_old(kind, index)
 
     def run(self) -> None:
         """Until every response is judged."""
@@ -237,7 +239,8 @@ class Round:
         estimates = [sample for proposal in self.proposed for sample in self.estimates.get(proposal, [])]
         solutions = []
         for kind in KINDS:
-            solutions += [self.fresh[a] for a in self.proposed if a.kind is kind and a in self.fresh] + self.old[kind]
+            solutions += [self.fresh[a] for a in self.proposed if a.kind is kind and a in self.fresh]
+            solutions += [self.old[place] for place in sorted(self.old, key=lambda p: p[1]) if place[0] is kind]
         return Step(self.number, self.proposed, estimates, solutions)
 
     # What follows from a response
@@ -301,7 +304,7 @@ class Round:
         """A proposal that is no new task; the solver gets one from the buffer instead."""
         attempt.outcome, attempt.reason = outcome, reason
         if self.pricing and self.play.rules.solver_tasks == "this_step":
-            self.solve_old(attempt.kind)
+            self.solve_old(*place_of(attempt))
 
     def withdraw(self, rival: Attempt) -> None:
         """An earlier proposal, written later, is the same task: this one was a duplicate."""
@@ -309,13 +312,13 @@ class Round:
         self.stream.drop(self.estimates.pop(rival, []) + ([solution] if solution else []))
         self.refuse(rival, Outcome.DUPLICATE, "duplicate")
 
-    def solve_old(self, kind: Kind) -> None:
-        """A solution of the next task drawn from the buffer, if there is one."""
-        if self.history[kind]:
-            index = len(self.old[kind])
+    def solve_old(self, kind: Kind, index: int) -> None:
+        """A solution of the task from the buffer that stands in this place, if there is one."""
+        if index < len(self.history[kind]):
             who = ("step", self.number, Role.SOLVE.value, kind.value, index)
-            self.old[kind].append(self.play.solve_attempt(self.history[kind].pop(0), who))
-            self.stream.respond(self.old[kind][-1], self.read_answer, self.play.priority(Role.SOLVE, kind))
+            attempt = self.play.solve_attempt(self.history[kind][index], who)
+            self.old[kind, index] = attempt
+            self.stream.respond(attempt, self.read_answer, self.play.priority(Role.SOLVE, kind))
 
     def read_answer(self, attempt: Attempt) -> None:
         """Parse an answer and have the executor verify it; the gold answer never reaches a program."""
@@ -330,6 +333,13 @@ class Round:
         """The executor's word on an answer."""
         attempt.correct = verdict.correct
         attempt.scored = verdict.status != "infra"
+
+
+def place_of(proposal: Attempt) -> tuple[Kind, int]:
+    """Which of the B proposals of its kind it is."""
+    index = proposal.identity[-1]
+    assert isinstance(index, int)
+    return proposal.kind, index
 
 
 def answer_check(identity: str, task: Task, answer: str) -> Check:
