@@ -25,7 +25,7 @@ from azr_jax.executor import ExecutorPool, Verdict
 from azr_jax.executor import Request as Check
 from azr_jax.models.transformer import Params
 from azr_jax.rollout.engine import Engine
-from azr_jax.stream import Stream
+from azr_jax.stream import Stopped, Stream
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.kinds import KINDS, Kind, Role, Task
 from azr_jax.tasks.prompts import PromptFormat
@@ -53,11 +53,14 @@ class SelfPlay:
         self.buffers = TaskBuffers(config.tasks.buffer_cap, self.rules)
         self._lengths: dict[tuple[Role, Kind], float] = defaultdict(lambda: 1.0)  # mean response of the last step
 
-    def step(self, params: Params, number: int) -> Step:
-        """Algorithm 1, lines 3 to 14: from the buffers to rewarded trajectories. `number` counts from 1."""
+    def step(self, params: Params, number: int, stopped: Callable[[], bool] = lambda: False) -> Step:
+        """Algorithm 1, lines 3 to 14: from the buffers to rewarded trajectories. `number` counts from 1.
+
+        Stopped (stream.py): `stopped` said so; buffers are as before.
+        """
         started = time.monotonic()
         self.engine.load(params, number)
-        play = Round(self, number)
+        play = Round(self, number, stopped)
         play.propose(self.proposals(number, KINDS, ("step", number)))
         play.solve(self.old_tasks(number))
         play.run()
@@ -75,7 +78,7 @@ class SelfPlay:
     def seed(self, params: Params, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Fill each buffer to seed_factor * batch from the identity program, without updates (paper section 3.3.1).
 
-        `stopped` is asked before every round; returns False if it said so before the buffers were full.
+        Returns False if `stopped` said so before the buffers were full.
         """
         target = self.config.tasks.seed_factor * self.config.tasks.batch
         for turn in range(SEED_ROUNDS):
@@ -83,8 +86,6 @@ class SelfPlay:
             missing = [kind for kind in KINDS if self.buffers.size(kind) < target]
             if not missing:
                 return True
-            if stopped():
-                return False
             kinds = [kind for kind in missing if kind is not Kind.INDUCTION] or missing
             proposals = self.proposals(0, kinds, ("seed", turn))
             if not proposals:
@@ -93,9 +94,12 @@ class SelfPlay:
                     f"rollout.max_prompt = {self.config.rollout.max_prompt} tokens; raise it"
                 )
             self.engine.load(params)
-            play = Round(self, 0, pricing=False)
+            play = Round(self, 0, stopped, pricing=False)
             play.propose(proposals)
-            play.run()
+            try:
+                play.run()
+            except Stopped:
+                return False
             play.store(most=target)
         short = {kind.value: self.buffers.size(kind) for kind in KINDS if self.buffers.size(kind) < target}
         raise UserError(
@@ -196,9 +200,11 @@ class Round:
     pricing: whether valid proposals are priced by the solver, and solved; not so while seeding.
     """
 
-    def __init__(self, play: SelfPlay, number: int, pricing: bool = True) -> None:
+    def __init__(
+        self, play: SelfPlay, number: int, stopped: Callable[[], bool] = lambda: False, pricing: bool = True
+    ) -> None:
         self.play, self.number, self.pricing = play, number, pricing
-        self.stream = Stream(play.engine, play.pool, play.config.seed, play.config.rollout.temperature)
+        self.stream = Stream(play.engine, play.pool, play.config.seed, play.config.rollout.temperature, stopped)
         self.proposed: list[Attempt] = []
         self.estimates: dict[Attempt, list[Attempt]] = {}  # by proposal
         self.fresh: dict[Attempt, Attempt] = {}  # solutions of this step's tasks, by proposal

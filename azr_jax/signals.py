@@ -1,7 +1,8 @@
 """Stopping a run without losing a step: SIGTERM (preemption, `kill`) and Ctrl-C.
 
-The first signal only raises a flag; the loop looks at it between steps, saves and leaves. A Ctrl-C after that stops at
-once by KeyboardInterrupt: checkpoints are renamed into place when complete, so the last one survives even that.
+The first signal only raises a flag; the loop looks at it between two blocks of decoding, gives up the step, which a
+resumed run makes again, saves what came before it and leaves. A Ctrl-C after that stops at once by KeyboardInterrupt:
+checkpoints are renamed into place when complete, so the last one survives even that.
 
 What this does not do: save anything itself, reach other hosts (the loop must agree on the flag across processes before
 acting on it), or protect from SIGKILL (the last checkpoint does).
@@ -38,7 +39,7 @@ class GracefulStop:
 
     @property
     def requested(self) -> bool:
-        """Whether to finish the current step, save and leave."""
+        """Whether to save and leave."""
         return self._signal is not None
 
     @property
@@ -65,7 +66,7 @@ class GracefulStop:
         if self._signal is None:
             self._signal = received
             hint = "; Ctrl-C again stops at once" if received is signal.SIGINT else ""
-            self._say(f"{received.name}: finishing this step and saving, the run can be resumed{hint}")
+            self._say(f"{received.name}: saving, the run can be resumed{hint}")
         elif received is signal.SIGINT:
             # From here on the system's own default: a third Ctrl-C ends even code that never returns to Python.
             signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -22,15 +22,26 @@ Judged = Callable[[Attempt, Verdict], None]
 IDLE_SECONDS = 1.0  # how long to wait for a verdict at a time, when the device has nothing to do
 
 
+class Stopped(Exception):
+    """The run was asked to stop; what was under way is given up, and a resumed run says it again."""
+
+
 class Stream:
     """Requests to engine and pool, which are used by nobody else meanwhile.
 
-    Every response is drawn at `temperature` with the key of (seed, what the attempt is), so no order of events can
-    change it.
+    `stopped` is asked between two blocks of decoding. Every response is drawn at `temperature` with the key of (seed,
+    what the attempt is), so no order of events can change it.
     """
 
-    def __init__(self, engine: Engine, pool: ExecutorPool, seed: int, temperature: float) -> None:
-        self.engine, self.pool = engine, pool
+    def __init__(
+        self,
+        engine: Engine,
+        pool: ExecutorPool,
+        seed: int,
+        temperature: float,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.engine, self.pool, self._stopped = engine, pool, stopped
         self._seed, self._temperature = seed, temperature
         self._responses: dict[object, tuple[Attempt, Heard]] = {}
         self._checks: dict[str, tuple[Attempt, Judged]] = {}
@@ -60,8 +71,20 @@ class Stream:
         self._checks = {name: entry for name, entry in self._checks.items() if id(entry[0]) not in gone}
 
     def run(self) -> None:
-        """Until nothing is under way, what the callbacks ask for included."""
+        """Until nothing is under way, what the callbacks ask for included.
+
+        Stopped: `stopped` said so. The engine is idle after this and any other exception.
+        """
+        try:
+            self._run()
+        except BaseException:
+            self.engine.cancel(list(self._responses))
+            raise
+
+    def _run(self) -> None:
         while self._responses or self._checks:
+            if self._stopped():
+                raise Stopped
             requests, self._requests = self._requests, []
             questions, self._questions = self._questions, []
             self.engine.submit(requests)

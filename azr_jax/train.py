@@ -40,6 +40,7 @@ from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine
 from azr_jax.selfplay import SelfPlay
 from azr_jax.signals import GracefulStop
+from azr_jax.stream import Stopped
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import GROUPS, KINDS, Role
@@ -193,7 +194,11 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             started = time.monotonic()
             number += 1
             before = replace(run.engine.stats)
-            step = run.selfplay.step(state.params, number)
+            try:
+                step = run.selfplay.step(state.params, number, lambda: stop.requested)
+            except Stopped:  # a resumed run makes this step again, the same
+                number -= 1
+                break
             rolled = time.monotonic()
             state, learned = run.learn(state, step)
             step.seconds["update"] = time.monotonic() - rolled

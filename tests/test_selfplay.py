@@ -16,6 +16,7 @@ from azr_jax.executor import ExecutorPool, Verdict
 from azr_jax.executor import Request as Check
 from azr_jax.micro.language import is_held_out
 from azr_jax.selfplay import CONSTANT_LEARNABILITY, Round, SelfPlay
+from azr_jax.stream import Stopped
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.kinds import GROUPS, KINDS, Kind, Proposal, Role, group_index
 from azr_jax.tasks.rewards import Outcome
@@ -291,3 +292,24 @@ def test_of_two_equal_proposals_the_first_is_the_new_one(run: Run, pool: Executo
     assert len(dropped) == (samples + 1 if order == (1, 0) else 0)
     assert not set(map(id, dropped)) & set(map(id, step.attempts))
     assert {id(a) for a in asked} == {id(a) for a in [*step.attempts, *dropped]}
+
+
+def test_a_step_that_is_stopped_leaves_nothing_behind(run: Run, pool: ExecutorPool) -> None:
+    """Neither in the engine nor in the buffers; made again it is the step it would have been."""
+    params = run.fresh_state().params
+    state = run.selfplay.buffers.to_json()
+
+    def fresh() -> SelfPlay:
+        play = SelfPlay(CONFIG, run.engine, pool, run.prompts, is_held_out)
+        play.buffers = TaskBuffers.from_json(state, play.rules)
+        return play
+
+    whole = fresh().step(params, 9)
+    broken, asked = fresh(), iter([False, False, False, True])
+    with pytest.raises(Stopped):
+        broken.step(params, 9, lambda: next(asked))
+    assert not run.engine.busy and broken.buffers.to_json() == state
+    again = broken.step(params, 9)
+    assert [(a.identity, a.response, a.reward) for a in again.attempts] == [
+        (a.identity, a.response, a.reward) for a in whole.attempts
+    ]
