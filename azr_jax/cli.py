@@ -131,6 +131,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-shard-gb", type=_positive, default=5.0, help="most of a weight file (default: 5)")
     _add_json(sub)
 
+    sub = command("plan", _plan, "does a config fit on a slice or GPU, and how fast could it be? needs neither")
+    _add_config(sub)
+    sub.add_argument(
+        "--topology",
+        metavar="NAME",
+        required=True,
+        help="v5e:4x4, v6e:2x4, v5p:2x2x2, v5e-16, h200:1, h100:1, cpu, ...",
+    )
+    sub.add_argument("--layers", type=_count, help="cut the model to so many, for a quick check of the rest")
+    _add_json(sub)
+
     sub = command("report", _report, "write report.html, one self-contained file, into a run folder")
     sub.add_argument("run_dir", metavar="RUN_DIR")
 
@@ -305,6 +316,13 @@ def _export(args: argparse.Namespace) -> int:
     from azr_jax.export import export_command
 
     return export_command(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the accelerator may be busy
+    from azr_jax.plan import plan_command
+
+    return plan_command(args, sys.stdout)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ class RolloutConfig:
     slots: int = 256  #: sequences decoded together
     block: int = 16  #: decode steps between two looks at which sequences are done
     page: int = 64  #: tokens of a page of the KV cache: a power of two from 8 to 256
-    prefill_tokens: int = 4096  #: prompt tokens computed at once
+    prefill_tokens: int = 0  #: prompt tokens computed at once; 0: 4096, on a CPU 512
     cache_dtype: Literal["auto", "int8"] = "auto"  #: of the KV cache; auto: learn.dtype
     cache_gb: float = 0.0  #: GiB of KV cache on each device; 0: what is free once the weights are there
     ban_untrained_tokens: bool = False  #: never sample tokens whose vocabulary rows look untrained

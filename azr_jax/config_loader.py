@@ -38,7 +38,7 @@ AT_LEAST = {
     "rollout.slots": 1,
     "rollout.block": 1,
     "rollout.page": 8,
-    "rollout.prefill_tokens": 1,
+    "rollout.prefill_tokens": 0,
     "learn.warmup": 0,
     "learn.row_tokens": 0,
     "learn.rows": 1,

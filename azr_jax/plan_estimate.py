@@ -231,8 +231,10 @@ class Setup:
         kv = self._page_bytes(self.layout) / self.layout.page
         if program == "prefill":
             each = sizing.prompt_buckets(rollout)[-1]
-            tokens = self.prefill_rows // self.shards * each
-            return tokens * (products - head + scores * each / 2) / tensor, self.copy + tokens * kv
+            padded = self.prefill_rows // self.shards * each
+            whole = (model.num_layers - 1) / model.num_layers  # of the last layer only keys and values are wanted
+            flops = padded * (products - head + scores * each / 2) * whole
+            return flops / tensor, self.copy + padded * kv
         if program == "decode":
             rows = self.active / self.shards
             seen = self.mean_prompt + self.mean_response / 2
@@ -248,7 +250,7 @@ class Setup:
         return flops, traffic
 
     def roofline(self, program: str) -> float:
-        """Seconds that a program cannot do with less: its flops or its bytes at the chip's peak, whichever is longer."""
+        """Least seconds of a program: its flops or its bytes at the chip's peak rates, whichever takes longer."""
         flops, traffic = self.work_of(program)
         return max(flops / self.target.chip.flops, traffic / self.target.chip.bandwidth)
 

@@ -7,11 +7,12 @@
 All sides decode the same random weights (one Hugging Face folder), prompts and lengths with as many rows: greedily,
 each request to its own length, drawn from a log-normal with a median of a sixteenth of the longest. Only tokens of
 responses count. Each side runs in an interpreter of its own, all in turns and `--rounds` times, because machines drift;
-loading, compiling and a first short batch are reported apart. `same` is the share of requests whose first 32 tokens are
-those of `transformers`: with these weights a token depends on all before it, so that says that all compute the same.
-What each peer is given is described in rollout_peers.py. All prompts differ, so sharing of prefixes helps nobody.
+loading and compiling are not counted but reported. `same` is the share of requests whose first 32 tokens are those of
+`transformers`: with these weights a token depends on all before it, so that says that all compute the same. What each
+peer is given is described in rollout_peers.py. All prompts differ, so sharing of prefixes helps nobody.
 
---gpu-shapes SIZE: the shape of a published model (qwen2.5-3b, ...) in bfloat16 on a GPU, with longer responses.
+--gpu-shapes SIZE: the shape of a published Qwen2 model (qwen2.5-3b, ...) in bfloat16, and everything on a GPU; with
+--slots 128 256 512, --longest 4096 and some requests more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import numpy as np
 from demo import machine
 from rollout_peers import SIDES, Generate, report
 
-SHAPE = {"model_type": "qwen2", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+SHAPE: dict[str, Any] = {"model_type": "qwen2", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
 SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 16384}
 SHAPE |= {"max_position_embeddings": 4096, "tie_word_embeddings": True, "rope_theta": 1e6}
 NEEDS = {
@@ -116,7 +117,7 @@ def ours(folder: Path, work: dict[str, Any]) -> tuple[Generate, Callable[[], dic
             Request(tuple(prompt), (0, index), temperature=0.0, max_tokens=length, id=index)
             for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         )
-        done = {}
+        done: dict[object, Any] = {}
         while engine.busy:
             engine.step()
             done |= engine.poll()
@@ -188,7 +189,7 @@ def breakdown(side: dict[str, Any]) -> dict[str, float]:
         "plan": counted["plan_seconds"] / seconds,
         "launch": counted["launch_seconds"] / seconds,
         "read": counted["read_seconds"] / seconds,
-        "prompts_alone": side["prompt_seconds"] / seconds,
+        "prompts": side["one_token_seconds"] / seconds,  # of generating one token each; everything is compiled by then
         "slots_in_use": counted["tokens"] / counted["slot_steps"],
     }
 
@@ -247,12 +248,14 @@ def described(work: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """For people."""
-    lines = ["slots  side                      tokens/s  ours is  same"]
+    lines = ["slots  side                      tokens/s  ours is   CPU s  same"]
     for result in results:
         for name, side in result["sides"].items():
-            figures = side.get("absent") or (
-                f"{side['tokens_per_second']:8.1f}  {result['ratio'].get(name, 1):6.2f}x  {side['same']:.0%}"
-            )
+            if "absent" in side:
+                lines.append(f"{result['slots']:5}  {name:24}  absent: {side['absent']}; {side['needs']}")
+                continue
+            figures = f"{side['tokens_per_second']:8.1f}  {result['ratio'].get(name, 1):6.2f}x  "
+            figures += f"{min(side['cpu_seconds']):6.1f}  {side['same']:.0%}"
             lines.append(f"{result['slots']:5}  {name:24}  {figures}")
     return "\n".join(lines) + "\n"
 

@@ -8,8 +8,9 @@ its interface allows:
 - transformers: batches in order of arrival, padded on the left, growing cache (faster here than the static one), every
   row marked done at its own length. A batch runs until its longest row is done.
 - transformers_continuous: its continuous batching, with the same number of rows and room for all of them to be longest.
-- tunix: batches of one shape, which is all it compiles. Its loop ends with the longest row of the batch, as if that row
-  had met its end-of-sequence token: the limit is an argument of the compiled program.
+- tunix: batches of one size, prompts padded to the next power of two, as it does by default; each shape is compiled
+  before. Its loop ends with the longest row of the batch, as if that row had met its end-of-sequence token: the limit
+  is an argument of the compiled program.
 
 None is told the lengths in advance: they are only where a request ends. None is asked for log-probabilities, which the
 engine gives with every token.
@@ -32,25 +33,21 @@ from typing import Any
 #: (prompts, response lengths) -> responses, in the same order.
 Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "google-tunix", "numpy")
-WARM_TOKENS = 2
 PAD = 0  # prompts do without it
 PAGE = 64  # tokens; of 16, 64 and 256 the fastest here
 PATIENCE = 600  # seconds without any result that mean there will be none
 
 
 def measure(load: Callable[[], tuple[Generate, Callable[[], dict[str, Any]]]], work: dict[str, Any]) -> dict[str, Any]:
-    """Load, warm up, generate one token of each request, and then all.
+    """Load, generate one token of each request, which compiles all that is compiled, and then everything.
 
     `load` gives the generator and a function for its own counters.
     """
     started = time.perf_counter()
     generate, counters = load()
     loaded = time.perf_counter()
-    # Prompts of the same lengths, but not the same: some sides remember what they have seen.
-    warm = [prompt[::-1] for prompt in work["prompts"][: work["slots"]]]
-    generate(warm, [WARM_TOKENS] * len(warm))
-    prompting = time.perf_counter()
-    generate([prompt[1:] + prompt[:1] for prompt in work["prompts"]], [1] * len(work["prompts"]))
+    # Prompts as long as those that are measured, but not the same: some sides remember what they have seen.
+    generate([prompt[::-1] for prompt in work["prompts"]], [1] * len(work["prompts"]))
     before = counters()
     begun, busy = time.perf_counter(), time.process_time()
     outputs = generate(work["prompts"], work["lengths"])
@@ -60,8 +57,7 @@ def measure(load: Callable[[], tuple[Generate, Callable[[], dict[str, Any]]]], w
         "seconds": seconds,
         "cpu_seconds": busy,
         "load_seconds": loaded - started,
-        "warm_seconds": prompting - loaded,
-        "prompt_seconds": begun - prompting,
+        "one_token_seconds": begun - loaded,
         "tokens_per_second": sum(work["lengths"]) / seconds,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "counters": difference(counters(), before),
@@ -182,6 +178,7 @@ def tunix(folder: Path, work: dict[str, Any]) -> tuple[Generate, Callable[[], di
     import jax.numpy as jnp
     import numpy as np
     from tunix.generate.sampler import CacheConfig, Sampler
+    from tunix.generate.utils import next_power_of_2
     from tunix.models.qwen2.model import ModelConfig
     from tunix.models.qwen2.params import create_model_from_safe_tensors
 
@@ -232,8 +229,8 @@ def tunix(folder: Path, work: dict[str, Any]) -> tuple[Generate, Callable[[], di
             state = super().init_sample_state(*args, **kwargs)
             return dataclasses.replace(state, total_sampling_steps=jnp.int32(self.last))
 
-    width = work["longest_prompt"]
-    cache = CacheConfig(width + work["longest"], config.num_layers, config.num_kv_heads, config.head_dim)
+    room = next_power_of_2(work["longest_prompt"]) + work["longest"]
+    cache = CacheConfig(room, config.num_layers, config.num_kv_heads, config.head_dim)
     sampler = UntilLongest(model, Ids(), cache)
 
     def generate(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
@@ -242,6 +239,7 @@ def tunix(folder: Path, work: dict[str, Any]) -> tuple[Generate, Callable[[], di
         for some, ends in batches(work, prompts, lengths):
             rows = [" ".join(map(str, prompt)) for prompt in some]
             rows += rows[-1:] * (work["slots"] - len(rows))  # the last batch may be short, its shape may not
+            width = next_power_of_2(max(map(len, some)))
             sampler.last = width + max(ends) - 1
             found = sampler(rows, work["longest"], max_prompt_length=width, eos_tokens=[-1])
             outputs += [row[:end].tolist() for row, end in zip(found.tokens, ends, strict=False)]

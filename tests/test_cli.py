@@ -19,7 +19,20 @@ from azr_jax.config_doc import config_keys_doc
 from azr_jax.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "seed", "check", "sample", "score", "export", "report", "doctor", "bench", "pretrain", "config"]
+COMMANDS = [
+    "train",
+    "seed",
+    "check",
+    "sample",
+    "score",
+    "export",
+    "plan",
+    "report",
+    "doctor",
+    "bench",
+    "pretrain",
+    "config",
+]
 
 
 @pytest.fixture

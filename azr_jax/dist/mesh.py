@@ -73,9 +73,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
         sizes[free[0]] = devices // fixed
     elif free or fixed != devices:
         needed = "divide" if free else "equal"
-        raise ConfigError(
-            f"{text}: the sizes multiply to {fixed}, which must {needed} the {devices} devices there are"
-        )
+        raise ConfigError(f"{text}: the sizes multiply to {fixed}, which must {needed} the {devices} devices there are")
     return sizes
 
 

@@ -8,6 +8,7 @@ pages are read a block at a time. Which kernel a run uses is decided in attentio
 from __future__ import annotations
 
 from functools import partial
+from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ from azr_jax.models.attention_blocks import SMALLEST_BLOCK, attend_blocks
 from azr_jax.models.visibility import Visibility
 
 Array = jax.Array
+
+#: Rows whose chunks of a working cache are read together: each group reads as far as its longest row.
+ROWS_AT_ONCE = 2
 
 #: Tokens of a paged cache read at once.
 PAGED_TOKENS = 256
@@ -98,25 +102,39 @@ def attend_decode(
     b, _, h, hd = q.shape
     kv, n = k.shape[1:3]
     size = chunk or n
+    rows = gcd(b, ROWS_AT_ONCE) if chunk else b
     q = q.reshape(b, kv, h // kv, 1, hd).astype(jnp.float32)
 
-    def read(index: Array | int, carry: Softmax) -> Softmax:
-        keys, values = (lax.dynamic_slice_in_dim(x, index * size, size, axis=2) for x in (k, v))
-        distance = positions[:, None] - (index * size + jnp.arange(size))  # [B, size]
-        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        scores = jnp.sum(q * keys[:, :, None], axis=-1) * scale  # [B, KV, G, size]
-        scores = jnp.where(seen[:, None, None], scores, -1e30)
-        top = jnp.maximum(carry.top, jnp.max(scores, axis=-1))
-        weights = jnp.where(seen[:, None, None], jnp.exp(scores - top[..., None]), 0)
-        kept = jnp.exp(carry.top - top)  # 1 exactly for a row whose columns are all read
-        new = jnp.sum(weights[..., None] * values[:, :, None], axis=-2)
-        return Softmax(carry.total * kept[..., None] + new, carry.norm * kept + jnp.sum(weights, axis=-1), top)
+    def some_rows(first: Array | int) -> Array:
+        queries = lax.dynamic_slice_in_dim(q, first, rows)
+        at = lax.dynamic_slice_in_dim(positions, first, rows)
 
-    start = Softmax.empty((b, kv, h // kv), hd)
-    if not chunk:
-        return read(0, start).result().reshape(b, 1, h, hd).astype(v.dtype)
-    live = jnp.minimum(jnp.max(positions) // size + 1, n // size)
-    return lax.fori_loop(0, live, read, start).result().reshape(b, 1, h, hd).astype(v.dtype)
+        def read(index: Array | int, carry: Softmax) -> Softmax:
+            keys, values = (lax.dynamic_slice(x, (first, 0, index * size, 0), (rows, kv, size, hd)) for x in (k, v))
+            distance = at[:, None] - (index * size + jnp.arange(size))  # [rows, size]
+            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            scores = jnp.sum(queries * keys[:, :, None], axis=-1) * scale  # [rows, KV, G, size]
+            scores = jnp.where(seen[:, None, None], scores, -1e30)
+            top = jnp.maximum(carry.top, jnp.max(scores, axis=-1))
+            weights = jnp.where(seen[:, None, None], jnp.exp(scores - top[..., None]), 0)
+            kept = jnp.exp(carry.top - top)  # 1 exactly for a row whose columns are all read
+            new = jnp.sum(weights[..., None] * values[:, :, None], axis=-2)
+            return Softmax(carry.total * kept[..., None] + new, carry.norm * kept + jnp.sum(weights, axis=-1), top)
+
+        start = Softmax.empty((rows, kv, h // kv), hd)
+        if not chunk:
+            return read(0, start).result()
+        live = jnp.minimum(jnp.max(at) // size + 1, n // size)
+        return lax.fori_loop(0, live, read, start).result()
+
+    if rows == b:
+        return some_rows(0).reshape(b, 1, h, hd).astype(v.dtype)
+
+    def fill(index: Array, out: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(out, some_rows(index * rows), index * rows, axis=0)
+
+    out = lax.fori_loop(0, b // rows, fill, jnp.zeros((b, kv, h // kv, hd)))
+    return out.reshape(b, 1, h, hd).astype(v.dtype)
 
 
 class Softmax(NamedTuple):

@@ -19,8 +19,8 @@ from azr_jax.models.config import ModelConfig
 
 Array = jax.Array
 
-#: Columns of the working copy that are read at once, where there are more.
-CHUNK = 256
+#: Columns of the working copy that are read at once, where there are more than twice as many.
+CHUNK = 128
 
 
 class Layer(NamedTuple):

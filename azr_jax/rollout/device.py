@@ -110,7 +110,8 @@ class Device:
 
     def rows(self, bucket: int) -> int:
         """Prompts of a prefill of this length."""
-        each = self.config.prefill_tokens // (bucket * self.shards)
+        tokens = sizing.prefill_tokens(self.config, self.mesh.devices.flat[0].platform)
+        each = tokens // (bucket * self.shards)
         return self.shards * min(max(1, each), self.slots // self.shards)
 
     def prefill(self, prefills: Iterable[Prefill]) -> None:

@@ -257,7 +257,6 @@ class Engine:
             setattr(self.stats, name, count)
         if not plan.running:
             return
-        launched = time.monotonic()
         self._device.prefill(plan.prefills)
         if plan.copies:
             self._device.copy(plan.copies)
@@ -265,7 +264,8 @@ class Engine:
         waiting = self._scheduler.waiting > 0
         enough = max(1, self._device.slots // ENOUGH_SHARE) if waiting else len(running)
         block = self._device.decode(self._slots(running), min(enough, len(running)), self._filtering(running))
-        self._flight = _Flight(running, block, launched, self._watcher.submit(_ready, block))
+        # What the device does before all is queued is not counted as busy: nobody here knows when it began.
+        self._flight = _Flight(running, block, time.monotonic(), self._watcher.submit(_ready, block))
 
     def _slots(self, running: list[Running]) -> Slots:
         b, most = self._device.slots, max(len(sequence.pages) for sequence in running)

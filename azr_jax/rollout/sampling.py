@@ -47,9 +47,13 @@ def sample(logits: Array, key: Array, position: Array, temperature: Array) -> tu
     """
     greedy = temperature == 0.0
     # Distance from the likeliest first: divided before, large logits or low temperatures would leave rounding errors.
-    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(greedy, 1.0, temperature)[:, None]
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    scaled = (logits - top) / jnp.where(greedy, 1.0, temperature)[:, None]
     drawn, total = _invert(jnp.exp(scaled), uniform(key, position))  # the largest weight is 1
-    token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    # The first that equals the largest: what argmax gives, but XLA on CPU makes a slow scalar loop of that.
+    columns = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    likeliest = jnp.min(jnp.where(logits == top, columns, logits.shape[1] - 1), axis=-1)
+    token = jnp.where(greedy, likeliest, drawn).astype(jnp.int32)
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
     return token, chosen - jnp.log(total)
 

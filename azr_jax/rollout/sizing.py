@@ -12,6 +12,8 @@ from azr_jax.models.config import ModelConfig
 from azr_jax.rollout.cache import CHUNK, Layout
 from azr_jax.rollout.scheduler import Scheduler
 
+#: Prompt tokens computed at once: an accelerator is idle with fewer, a CPU pays for every row that is not used.
+PREFILL_TOKENS, PREFILL_TOKENS_CPU = 4096, 512
 PROMPT_BUCKETS = 3  # prompts are padded to max_prompt, a half or a quarter of it
 DEVICE_SHARE = 0.8  # of what is free on an accelerator; the rest is for the programs' own arrays
 HOST_SHARE = 0.25  # of a CPU machine's memory
@@ -23,6 +25,11 @@ def prompt_buckets(config: RolloutConfig) -> list[int]:
     return sorted({-(-config.max_prompt // (part * config.page)) * config.page for part in parts})
 
 
+def prefill_tokens(config: RolloutConfig, platform: str) -> int:
+    """Prompt tokens computed at once on a platform as JAX calls it."""
+    return config.prefill_tokens or (PREFILL_TOKENS_CPU if platform == "cpu" else PREFILL_TOKENS)
+
+
 def longest(config: RolloutConfig) -> int:
     """Most tokens of a sequence in the cache: the last one sampled is never fed."""
     return config.max_prompt + config.max_response - 1
@@ -30,7 +37,7 @@ def longest(config: RolloutConfig) -> int:
 
 def chunk(config: RolloutConfig, kind: str) -> int:
     """Columns of a working copy that are read at once; 0: all there can be."""
-    return CHUNK if kind == "working" and longest(config) > CHUNK else 0
+    return CHUNK if kind == "working" and longest(config) > 2 * CHUNK else 0
 
 
 def table_widths(config: RolloutConfig, kind: str) -> list[int]:
@@ -38,7 +45,7 @@ def table_widths(config: RolloutConfig, kind: str) -> list[int]:
     most = -(-longest(config) // config.page)
     if not chunk(config, kind):
         return [most]
-    step = CHUNK // config.page
+    step = 2 * CHUNK // config.page
     widths = [step]
     while widths[-1] < most:
         widths.append(2 * widths[-1])

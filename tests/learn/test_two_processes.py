@@ -38,9 +38,10 @@ state = init_state(jax.tree.map(np.asarray, params_of()), CONFIG, MODEL, mesh)
 update = make_update(CONFIG, MODEL, mesh)
 for _ in range(2):
     state, metrics = update(state, packed(8))
-leaves = jax.tree.leaves(multihost_utils.process_allgather(state.params, tiled=True))
+parts = {"weight": state.params, "moment": state.opt_state[1].mu}
+parts = {name: jax.tree.leaves(multihost_utils.process_allgather(tree, tiled=True)) for name, tree in parts.items()}
 if jax.process_index() == 0:
-    arrays = {f"weight_{i}": np.ascontiguousarray(x) for i, x in enumerate(leaves)}
+    arrays = {f"{name}_{i}": np.ascontiguousarray(x) for name, leaves in parts.items() for i, x in enumerate(leaves)}
     save_file(arrays | {name: np.array(value, np.float32) for name, value in metrics.items()}, sys.argv[3])
 """
 
@@ -75,7 +76,10 @@ def test_the_same_update(tmp_path):
     for _ in range(2):
         state, metrics = update(state, packed(8))
     two = load_file(out)
+    for i, moment in enumerate(jax.tree.leaves(state.opt_state[1].mu)):
+        np.testing.assert_allclose(two[f"moment_{i}"], moment, atol=1e-7)
     for i, weight in enumerate(jax.tree.leaves(state.params)):
-        np.testing.assert_allclose(two[f"weight_{i}"], weight, atol=1e-6)
+        # Adam's step is sign-like: where a gradient is nearly 0 (key biases), its rounding shows. A step is 1e-3.
+        np.testing.assert_allclose(two[f"weight_{i}"], weight, atol=2e-5)
     for name, value in metrics.items():
         assert float(two[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name

@@ -1,0 +1,231 @@
+"""What happens on a host: installation, the run as a unit, upload and restore; a slice's life with nothing scripted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+TRAINER = """
+for argument; do [[ $argument != run_dir=* ]] || run=${argument#run_dir=}; done
+printf '%s\\n' "$@" >"$FAKE/trainer"
+mkdir -p "$run/checkpoints" && touch "$run/config.yaml" "$run/.lock"
+last=$(ls "$run/checkpoints" | sed -n 's/^step_0*//p' | tail -n 1)
+step=$((${last:-0} + 1))
+save() { mkdir "$run/checkpoints/step_00000$step" && echo "$step" >"$run/checkpoints/step_00000$step/state"; }
+echo "{\\"step\\": $step}" >>"$run/metrics.jsonl"
+case $(cat "$FAKE/behaviour") in
+  fail) echo "it broke"; exit 5 ;;
+  wait) trap 'save; exit 0' TERM; echo "working"; while :; do sleep 0.02; done ;;
+  *) save ;;
+esac
+"""
+SYSTEMCTL = """
+unit=$(cat "$FAKE/unit" 2>/dev/null)
+live() { grep -q '^State:.[^Z]' "/proc/$unit/status" 2>/dev/null; }
+live && state=active || state=inactive
+case "$*" in
+  "is-active --quiet azr") [[ $state == active ]] ;;
+  "is-active azr") echo "$state"; [[ $state == active ]] ;;
+  "stop azr") kill -TERM "$unit"; while live; do sleep 0.02; done ;;
+esac
+"""
+
+UV = """
+printf '%s\\n' "$*" >>"$FAKE/uv"
+if [[ $1 == venv ]]; then # venv --python VERSION FOLDER
+  mkdir -p "$4/bin" && cp "$FAKE/../bin/azr-jax" "$4/bin/" && cp "$FAKE/../bin/azr-jax" "$4/bin/python"
+fi
+"""
+
+
+@pytest.fixture
+def host(desk):
+    """The desk, with one host that has what the VM image has, pretended where it matters."""
+    desk.host.mkdir()
+    desk.program("systemctl", SYSTEMCTL)
+    desk.program("sudo", 'exec "$@"')
+    desk.program("systemd-run", 'printf "%s\\n" "$@" >"$FAKE/systemd-run"\nsetsid "${@: -2}" & echo $! >"$FAKE/unit"')
+    desk.program(
+        "curl", 'case "$*" in *agent-worker-number) cat "$FAKE/worker" ;; *) echo "touch \\$FAKE/fetched" ;; esac'
+    )
+    desk.program("uv", UV)
+    desk.program("azr-jax", TRAINER)
+    (desk.fake / "worker").write_text("0\n")
+    (desk.fake / "behaviour").write_text("finish")
+    yield desk
+    kill(desk)
+
+
+def kill(desk):
+    """As a preemption does once its notice is over."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        os.killpg(int((desk.fake / "unit").read_text()), signal.SIGKILL)
+
+
+def until(condition, seconds=60):
+    """Polls; the limit only ends a test that hangs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def state(desk):
+    return desk.run("status.sh").stdout.splitlines()[-1]
+
+
+def ended(desk):
+    """Whether run.sh is through: asks the pretended systemd directly, which is cheaper than status.sh."""
+    return subprocess.run(
+        ["bash", desk.bin / "systemctl", "is-active", "--quiet", "azr"], env=desk.environment
+    ).returncode
+
+
+def start(desk):
+    for script in ("setup.sh", "launch.sh"):
+        done = desk.run(script)
+        assert done.returncode == 0, done.stderr
+
+
+def active(desk):
+    desk.replies(queue=[{"out": "ACTIVE\n"}], node=[{"out": "READY\n"}])
+
+
+def test_a_run_from_set_up_to_finished(host):
+    active(host)
+    host.settings(OVERRIDES="(steps=3 'model=a b')")
+    assert state(host) == "run: none"
+    start(host)
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: finished"
+    tree, venv = host.host / "azr_jax", host.host / "azr_venv"
+    assert (host.fake / "uv").read_text().splitlines() == [
+        f"venv --python 3.12 {venv}",
+        f"pip install --quiet --python {venv}/bin/python --editable {tree}[tpu]",
+    ]
+    unit = (host.fake / "systemd-run").read_text().splitlines()
+    assert {"--unit=azr", f"--working-directory={tree}", "--property=KillMode=mixed"} <= set(unit)
+    assert unit[-2:] == ["bash", f"{tree}/tpu_scripts/worker/run.sh"]
+    run = host.host / "azr_runs/demo"
+    assert (host.fake / "trainer").read_text().splitlines() == [
+        "train", "configs/demo.yaml", f"run_dir={run}", "steps=3", "model=a b",
+    ]  # fmt: skip
+    kept = host.fake / "bucket/my-bucket/azr/demo"
+    assert (kept / "checkpoints/step_000001/state").read_text() == "1\n"
+    assert (kept / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert not (kept / ".lock").exists()
+    assert "nothing at gs://my-bucket/azr/demo: a new run" in host.run("logs.sh").stdout
+
+
+def test_a_preempted_run_goes_on_from_the_bucket(host):
+    active(host)
+    (host.fake / "behaviour").write_text("wait")
+    start(host)
+    log = host.host / "azr_runs/demo.log"
+    until(lambda: log.exists() and "working" in log.read_text())
+    assert state(host) == "worker 0 run: running"
+    refused = host.run("setup.sh")
+    assert refused.returncode == 1
+    assert "a run is live" in refused.stderr
+    assert "live already" in host.run("launch.sh").stdout  # and nothing is started twice
+    assert host.run("stop.sh").returncode == 0
+    assert state(host) == "worker 0 run: stopped"
+
+    shutil.rmtree(host.host)  # another machine
+    host.host.mkdir()
+    (host.fake / "behaviour").write_text("finish")
+    start(host)
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: finished"
+    run = host.host / "azr_runs/demo"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000002/state").exists()
+
+
+def test_a_run_that_is_stopped_while_it_starts_is_no_failure(host):
+    active(host)
+    host.program("azr-jax", 'echo importing; touch "$FAKE/trainer"; sleep 60')  # no handler of SIGTERM yet
+    start(host)
+    until((host.fake / "trainer").exists)
+    assert host.run("stop.sh").returncode == 0
+    assert state(host) == "worker 0 run: stopped"
+
+
+def test_a_failing_run_says_so(host):
+    active(host)
+    (host.fake / "behaviour").write_text("fail")
+    start(host)
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: failed (exit code 5)"
+    assert "it broke" in host.run("logs.sh").stdout
+    assert (host.fake / "bucket/my-bucket/azr/demo/metrics.jsonl").exists()  # what there is, is kept
+
+
+def test_a_bucket_that_cannot_be_read_starts_nothing(host):
+    refusal = {"err": "ERROR: HTTPError 403: no permission\n", "code": 1}
+    host.replies(queue=[{"out": "ACTIVE\n"}], node=[{"out": "READY\n"}], ls=[refusal])
+    start(host)
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: failed (could not read gs://my-bucket/azr/demo)"
+    assert not (host.fake / "trainer").exists()
+    assert not (host.fake / "bucket").exists()
+    assert "HTTPError 403" in host.run("logs.sh").stdout
+
+
+def test_the_bucket_keeps_the_checkpoints_that_the_host_keeps(host):
+    kept = host.fake / "bucket/my-bucket/azr/demo/checkpoints"
+    local = host.host / "azr_runs/demo/checkpoints"
+    for name in ("step_000010", "step_000020", "step_000030.orbax-checkpoint-tmp"):
+        (local / name).mkdir(parents=True)
+        (local / name / "state").write_text("x")
+    assert host.run("setup.sh").returncode == 0
+    assert host.run("sync.sh", "up").returncode == 0
+    assert sorted(path.name for path in kept.iterdir()) == ["step_000010", "step_000020"]
+    (local / "step_000010").rename(local / "step_000030")
+    assert host.run("sync.sh", "up").returncode == 0
+    assert sorted(path.name for path in kept.iterdir()) == ["step_000020", "step_000030"]
+    shutil.rmtree(local)  # nothing here is no reason to remove what is there
+    assert host.run("sync.sh", "up").returncode == 0
+    assert sorted(path.name for path in kept.iterdir()) == ["step_000020", "step_000030"]
+
+
+def test_a_failed_upload_removes_nothing(host):
+    kept = host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000010"
+    kept.mkdir(parents=True)
+    (host.host / "azr_runs/demo/checkpoints/step_000020").mkdir(parents=True)
+    assert host.run("setup.sh").returncode == 0
+    host.replies(rsync=[{"err": "ERROR: disk quota\n", "code": 1}])
+    assert host.run("sync.sh", "up").returncode == 1
+    assert kept.exists()
+
+
+def test_only_the_first_worker_uploads(host):
+    (host.fake / "worker").write_text("1\n")
+    (host.host / "azr_runs/demo").mkdir(parents=True)
+    assert host.run("setup.sh").returncode == 0
+    assert host.run("sync.sh", "up").returncode == 0
+    assert "rsync" not in host.verbs()
+
+
+def test_installation_fetches_uv_and_the_model(host):
+    (host.bin / "uv").rename(host.bin / "uv2")
+    if shutil.which("uv", path=host.environment["PATH"]):
+        pytest.skip("this machine has uv where programs of the system are")
+    host.program("curl", 'case "$*" in *agent*) echo 0 ;; *) echo "cp \\$FAKE/../bin/uv2 \\$FAKE/../bin/uv" ;; esac')
+    model = host.fake / "bucket/models/qwen/config.json"
+    model.parent.mkdir(parents=True)
+    model.write_text("{}")
+    host.settings(MODEL="gs://models/qwen", OVERRIDES="(steps=1)")
+    active(host)
+    start(host)
+    assert (host.host / "azr_model/config.json").exists()
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: finished"
+    assert f"model={host.host}/azr_model\nsteps=1\n" in (host.fake / "trainer").read_text()

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# stop.sh [--dry-run]: lets the run finish its step, save a checkpoint and upload. launch.sh goes on from there.
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+remote all 'if systemctl is-active --quiet azr; then sudo systemctl stop azr; fi'

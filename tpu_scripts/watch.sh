@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# watch.sh [--dry-run]: keeps the run going until it is finished: asks for the slice, sets it up, launches, and after a
+# preemption does it all again. Run it in tmux on a machine that stays on. Ends with 0 when the run is finished, with 1
+# when it failed or when the slice could not be had.
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+here=tpu_scripts # common.sh went to the repository's root
+if [[ $DRY_RUN == yes ]]; then
+  echo "# every $POLL_SECONDS s: how is it?"
+  "$here/status.sh" --dry-run
+  echo '# no slice:'
+  "$here/create.sh" --dry-run
+  echo '# a preempted slice:'
+  "$here/delete.sh" --now --dry-run
+  echo '# a slice without a live run:'
+  for script in stop setup launch; do "$here/$script.sh" --dry-run; done
+  exit 0
+fi
+
+note() { say "$(date '+%F %T') $*"; }
+
+failures=0
+try() { # capacity comes and goes and hosts take their time to boot, so a few times in a row
+  local script
+  for script; do
+    "$here/$script.sh" && continue
+    ((++failures < 5)) || { say "$script.sh failed, and so did the four tries before: giving up"; exit 1; }
+    return
+  done
+  failures=0
+}
+
+while :; do
+  state=$(ask "${QUEUE[@]}")
+  [[ $state != ACTIVE ]] || state="node $(ask "${NODE[@]}")"
+  case $state in
+    ABSENT) try create ;;
+    SUSPENDED | FAILED | 'node PREEMPTED' | 'node TERMINATED' | 'node ABSENT')
+      note "$state: the slice is gone, clearing the way for a new one"
+      "$here/delete.sh" --now || note "could not delete it, trying again"
+      ;;
+    'node READY')
+      runs=$(remote all "$RUN_STATE") || runs='run: cannot be asked'
+      note "${runs//$'\n'/, }"
+      case $runs in
+        *'run: cannot be asked'*) ;;
+        *'run: failed'*) "$here/logs.sh" all || :; exit 1 ;;
+        *'run: none'* | *'run: stopped'*) try stop setup launch ;;
+        *'run: running'*) failures=0 ;;
+        *)
+          [[ $DELETE_WHEN_DONE != yes ]] || exec "$here/delete.sh" --now
+          note 'finished; the slice still costs until delete.sh'
+          exit 0
+          ;;
+      esac
+      ;;
+    *) note "$state: waiting" ;;
+  esac
+  sleep "$POLL_SECONDS"
+done

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# On a host, as the unit azr: fetch the run folder if it is only in the bucket, train, upload now and then and at the
+# end, and leave one word on how it went. SIGTERM: train saves and ends, the rest follows.
+# shellcheck source=tpu_scripts/worker/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+set -m # a job is a process group: stopping the uploads stops their gcloud too
+
+mkdir -p "${RUN%/*}"
+exec >>"$LOG" 2>&1 </dev/null
+end() { printf '%s\n' "$*" >"$STATE"; exit "${code:-0}"; }
+
+code=1
+restore || end "failed (could not read $REMOTE)"
+[[ -z $MODEL ]] || OVERRIDES=("model=$LOCAL_MODEL" "${OVERRIDES[@]}")
+stopped=no
+trap 'stopped=yes; kill -TERM $(jobs -p) || :' TERM
+"$VENV/bin/azr-jax" train "$CONFIG" "run_dir=$RUN" "${OVERRIDES[@]}" &
+trainer=$!
+while sleep "$SYNC_SECONDS"; do upload || echo "upload failed, the next one is in $SYNC_SECONDS s"; done &
+uploads=$!
+[[ $stopped == no ]] || kill -TERM "$trainer" || :
+
+while kill -0 "$trainer" 2>/dev/null; do wait "$trainer" || :; done # a signal ends `wait` early, not the job
+code=0
+wait "$trainer" || code=$?
+[[ $stopped$code != yes143 ]] || code=0 # stopped before train could catch it: nothing was done, so nothing is lost
+kill -- "-$uploads" 2>/dev/null || :
+for _ in 1 2 3; do if upload; then uploaded=yes; break; fi; sleep 10; done
+((code == 0)) || end "failed (exit code $code)"
+[[ ${uploaded:-no} == yes ]] || { code=1; end "failed (the last upload)"; }
+if [[ $stopped == yes ]]; then end stopped; else end finished; fi
