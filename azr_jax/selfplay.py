@@ -138,7 +138,9 @@ class SelfPlay:
         for kind in KINDS:
             rng = Random(repr((self.config.seed, number, "solve", kind.value)))
             last = number - 1 if self.rules.solver_tasks == "last_step" else None
-            found[kind] = self.buffers.solver_batch(kind, self.config.tasks.batch, last, rng)
+            batch = self.buffers.solver_batch(kind, self.config.tasks.batch, last, rng)
+            # All fitted when they were stored; a resumed run may have a smaller rollout.max_prompt.
+            found[kind] = [task for task in batch if self.engine.fits(self.encode(self.prompts.solve(task)))]
         return found
 
     def solve_attempt(self, task: Task, identity: tuple[int | str, ...]) -> Attempt:

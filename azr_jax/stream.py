@@ -73,12 +73,12 @@ class Stream:
     def run(self) -> None:
         """Until nothing is under way, what the callbacks ask for included.
 
-        Stopped: `stopped` said so. The engine is idle after this and any other exception.
+        Stopped: `stopped` said so. After this and any other exception the engine has no requests and no weights.
         """
         try:
             self._run()
         except BaseException:
-            self.engine.cancel(list(self._responses))
+            self.engine.abandon()
             raise
 
     def _run(self) -> None:

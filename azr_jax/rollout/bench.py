@@ -26,7 +26,6 @@ from azr_jax.models.config import ModelConfig
 from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine, EngineStats
 from azr_jax.rollout.request import Request, request_key
-from azr_jax.rollout.weights import weights_bytes
 from azr_jax.telemetry.process import CompileCounter
 
 COPY_BYTES = 2**28  # of the array whose copy tells the bandwidth, on one device
@@ -82,8 +81,6 @@ def measure(config: Config) -> dict[str, Any]:
     _run(engine, requests)
     seconds, recompiles = time.monotonic() - started, compiles.programs - compiled
     stats = EngineStats(**{name: value - getattr(before, name) for name, value in asdict(engine.stats).items()})
-    per_token = engine.token_bytes
-    read = stats.steps * weights_bytes(model, dtype) / mesh.size + stats.read_tokens * per_token / mesh.size
     bandwidth = copy_bandwidth()
     return {
         "tokens_per_second": stats.tokens / seconds,
@@ -91,7 +88,7 @@ def measure(config: Config) -> dict[str, Any]:
         "seconds": seconds,
         "device_share": stats.device_seconds / seconds,
         "slot_use": stats.tokens / max(1, stats.slot_steps),
-        "roofline_share": read / bandwidth / max(stats.device_seconds, 1e-9),
+        "roofline_share": engine.bytes_read(stats) / bandwidth / max(stats.device_seconds, 1e-9),
         "copy_gb_per_second": bandwidth / 1e9,
         "engine": asdict(stats),
         "device": jax.devices()[0].device_kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -55,7 +56,8 @@ class Device:
         self._eos: Any = np.asarray(sorted(eos), np.int32)
         self._programs: dict[tuple[str, int, bool], Callable[..., Any]] = {}
         self._weights: Params | None = None
-        self._source: Params | None = None  # what the copy was made from
+        # What the copy was made from, by its first weight: held weakly, or the caller's weights would stay in memory.
+        self._source: weakref.ref[jax.Array] | None = None
         self._cache: tuple[Layer, ...] | None = None
         self._layout: Layout | None = None
         self._banned: jax.Array | None = None  # bool [V]
@@ -71,11 +73,12 @@ class Device:
 
     def holds(self, params: Params) -> bool:
         """Whether `params` are what is loaded."""
-        return self._weights is not None and params is self._source
+        return self._source is not None and self._source() is jax.tree.leaves(params)[0]
 
     def load(self, params: Params) -> None:
         """Copy weights and make an empty cache."""
-        self._weights, self._source = decode_copy(params, self.model, self.mesh, self.dtype), params
+        self._weights = jax.block_until_ready(decode_copy(params, self.model, self.mesh, self.dtype))
+        self._source = weakref.ref(jax.tree.leaves(params)[0])
         self._cache = allocate(self.layout, self.model, self.mesh)
 
     def release(self) -> None:

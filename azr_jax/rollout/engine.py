@@ -28,7 +28,7 @@ from azr_jax.rollout.request import Completion, Filters, Request
 from azr_jax.rollout.sampling import Filtering
 from azr_jax.rollout.scheduler import Plan, Scheduler
 from azr_jax.rollout.scheduler import Sequence as Running
-from azr_jax.rollout.weights import decode_mesh
+from azr_jax.rollout.weights import decode_mesh, weights_bytes
 
 ENOUGH_SHARE = 8  # with requests waiting, a block ends early when one slot in 8 is done
 
@@ -130,10 +130,12 @@ class Engine:
 
     # Requests
 
-    @property
-    def token_bytes(self) -> float:
-        """Of one token in the cache, all layers together."""
-        return self._device.layout.bytes_per_page(self.model) / self.config.page
+    def bytes_read(self, stats: EngineStats) -> float:
+        """What each device had to read for the decode steps in `stats`: weights, and keys and values of sequences."""
+        mesh = self._device.mesh
+        token = self._device.layout.bytes_per_page(self.model) / self.config.page
+        weights = weights_bytes(self.model, self.dtype) / mesh.shape["tensor"]
+        return float(stats.steps * weights + stats.read_tokens * token / mesh.size)
 
     def fits(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt is within max_prompt."""
@@ -187,12 +189,28 @@ class Engine:
         return done
 
     def step(self) -> None:
-        """Wait for the block that runs, launch the next one, read texts meanwhile. To be called while `busy`."""
+        """Wait for the block that runs, launch the next one, read texts meanwhile. To be called while `busy`.
+
+        After an exception nothing is under way, and `load` comes first again.
+        """
         if self._scheduler is None:
             raise ValueError("nothing was submitted")
+        try:
+            self._step(self._scheduler)
+        except BaseException:
+            self.abandon()  # pages may be planned that were never written
+            raise
+
+    def abandon(self) -> None:
+        """Forget all requests and give up weights and cache: nothing of what was under way can be seen again."""
+        self._live, self._done = {}, {}
+        self._flight = self._scheduler = None
+        self._device.release()
+
+    def _step(self, scheduler: Scheduler) -> None:
         landed = self._land()
         started = time.monotonic()
-        plan = self._scheduler.plan()
+        plan = scheduler.plan()
         planned = time.monotonic()
         self._launch(plan)
         launched = time.monotonic()

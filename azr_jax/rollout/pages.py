@@ -71,11 +71,26 @@ class Prefixes:
         self._pages[prompt] = pages
 
     def make_room(self, count: int) -> bool:
-        """Forget prompts, the least recently used first, until `count` pages are free; False if that is not enough."""
-        while self._pool.free < count and self._pages:
-            self._pool.give_back(self._pages.popitem(last=False)[1])
-        return self._pool.free >= count
+        """Forget prompts, the least recently used first, until `count` pages are free.
+
+        False, and nothing is forgotten, if that is not enough: pages that sequences hold as well stay taken.
+        """
+        if self._pool.free >= count:
+            return True
+        idle = {name: self._alone(pages) for name, pages in self._pages.items()}
+        if self._pool.free + sum(idle.values()) < count:
+            return False
+        for name in [name for name, pages in idle.items() if pages]:
+            self._pool.give_back(self._pages.pop(name))
+            if self._pool.free >= count:
+                break
+        return True
+
+    def _alone(self, pages: list[int]) -> int:
+        """How many of `pages` nobody else holds."""
+        return sum(self._pool.holders[page] == 1 for page in pages)
 
     def clear(self) -> None:
         """Forget all: the weights changed."""
-        self.make_room(len(self._pool.holders))
+        while self._pages:
+            self._pool.give_back(self._pages.popitem()[1])

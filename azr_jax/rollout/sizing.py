@@ -56,7 +56,7 @@ def table_widths(config: RolloutConfig, kind: str) -> list[int]:
 def page_count(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: Mesh, slots: int) -> int:
     """Pages of a shard with `slots` slots: what they could all fill, or what the memory of its devices holds.
 
-    The memory is `rollout.cache_gb` for each device, or else what is free by now.
+    The memory is `rollout.cache_gb` for each device, or else what is free by now, less the working copies of a CPU.
     UserError: it is not enough for one sequence.
     """
     least = Scheduler.pages_for(longest(config), config.page)
@@ -64,12 +64,19 @@ def page_count(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: 
     split = mesh.shape["tensor"] if model.num_kv_heads % mesh.shape["tensor"] == 0 else 1
     each = layout.bytes_per_page(model) / split  # on one device
     room = config.cache_gb * 2**30 if config.cache_gb else _free_bytes(mesh)
+    copies = 0.0
+    if layout.kind == "working" and not config.cache_gb:
+        full = layout._replace(dtype=layout.compute_dtype).bytes_per_page(model) / split
+        copies = slots * table_widths(config, layout.kind)[-1] * full
+        room -= copies
     held = int(room / each)
     if held < least:
         raise UserError(
-            f"the KV cache gets {room / 2**30:.2f} GiB a device, room for {held * config.page} tokens, but one "
-            f"sequence has up to {longest(config)}: lower rollout.max_prompt or rollout.max_response, take "
-            "rollout.cache_dtype=int8, or raise rollout.cache_gb if there is memory to give"
+            f"the KV cache gets {max(0, room) / 2**30:.2f} GiB a device"
+            + (f", besides {copies / 2**30:.2f} GiB of working copies for {slots} rollout.slots" if copies else "")
+            + f", room for {max(0, held) * config.page} tokens, but one sequence has up to {longest(config)}: lower "
+            "rollout.max_prompt, rollout.max_response or rollout.slots, take rollout.cache_dtype=int8, or raise "
+            "rollout.cache_gb if there is memory to give"
         )
     return min(wanted, held)
 

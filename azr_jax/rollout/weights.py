@@ -99,6 +99,9 @@ def _to_host_mesh(x: jax.Array, where: NamedSharding) -> jax.Array:
 
 
 def weights_bytes(model: ModelConfig, dtype: str) -> int:
-    """Of one whole copy."""
-    specs = jax.tree.leaves(param_specs(model), is_leaf=lambda x: isinstance(x, Spec))
-    return sum(int(np.prod(spec.shape)) for spec in specs) * jnp.dtype(dtype).itemsize
+    """What a decode step reads of a whole copy: all but an embedding that logits are not made from."""
+    specs = param_specs(model)
+    if not model.tie_word_embeddings:
+        del specs["embed"]
+    sizes = (int(np.prod(spec.shape)) for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec)))
+    return sum(sizes) * jnp.dtype(dtype).itemsize

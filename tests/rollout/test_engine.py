@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -347,3 +348,37 @@ def test_an_int8_cache_drifts_a_little() -> None:
     full = engine()
     full.load(params_of())
     assert 2.5 * small._device.layout.bytes_per_page(MODEL) < full._device.layout.bytes_per_page(MODEL)
+
+
+def test_a_failed_launch_leaves_no_prompt_that_was_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler had planned its pages already: the engine must not believe that they hold anything."""
+    some, made = engine(), requests(6)
+    want = engine().generate(params_of(), made)
+    some.load(params_of())
+    some.submit(made)
+    with monkeypatch.context() as patched:
+        patched.setattr(some._device, "prefill", lambda prefills: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            some.step()
+    assert not some.busy
+    with pytest.raises(ValueError, match="`load` comes first"):
+        some.submit(made)
+    assert_same(some.generate(params_of(), made), want)
+
+
+def test_weights_are_held_by_their_owner_only() -> None:
+    some = engine()
+    params = jax.tree.map(jnp.copy, params_of())
+    some.load(params)
+    first = weakref.ref(jax.tree.leaves(params)[0])
+    del params
+    gc.collect()
+    assert first() is None
+
+
+def test_working_copies_count_as_memory() -> None:
+    """64 slots of 14k tokens each would be copied into one piece: more than a machine has, said before it is tried."""
+    large = replace(SHORT, max_prompt=6144, max_response=8096, slots=2**16, page=256)
+    some = engine(large)
+    with pytest.raises(UserError, match=r"GiB of working copies for 65536 rollout.slots.* lower .*rollout.slots"):
+        some.load(params_of())

@@ -68,7 +68,7 @@ class Desk:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,  # against a hang only
+            timeout=600,  # against a hang only
         )
 
     @property

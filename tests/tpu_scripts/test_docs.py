@@ -95,6 +95,6 @@ def test_slurm_script_passes_the_signal_on_and_requeues(tmp_path, code, requeued
     while not ready.exists() and job.poll() is None:
         time.sleep(0.02)
     job.terminate()
-    output, _ = job.communicate(timeout=60)  # against a hang only
+    output, _ = job.communicate(timeout=300)  # against a hang only
     assert job.returncode == code
     assert output == "saved\n" + ("scontrol requeue 7\n" if requeued else "")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -63,12 +64,16 @@ def host(desk):
 
 
 def kill(desk):
-    """As a preemption does once its notice is over."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        os.killpg(int((desk.fake / "unit").read_text()), signal.SIGKILL)
+    """Ends what a test has left of the unit: all of its session, as a preemption does once its notice is over."""
+    unit = desk.fake / "unit"
+    session = unit.read_text().strip() if unit.exists() else None
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if session and path.read_text().rpartition(")")[2].split()[3] == session:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=300):
     """Polls; the limit only ends a test that hangs."""
     end = time.monotonic() + seconds
     while not condition():
@@ -146,6 +151,29 @@ def test_a_preempted_run_goes_on_from_the_bucket(host):
     run = host.host / "azr_runs/demo"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
     assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000002/state").exists()
+
+
+def test_a_slice_that_vanishes_without_notice(host):
+    active(host)
+    host.settings(SYNC_SECONDS="0.05")
+    (host.fake / "behaviour").write_text("wait")
+    checkpoints = host.host / "azr_runs/demo/checkpoints"
+    start(host)
+    until(lambda: (host.fake / "bucket/my-bucket/azr/demo/metrics.jsonl").exists())
+    (checkpoints / "step_000001").mkdir()
+    (checkpoints / "step_000001/state").write_text("1\n")
+    until(lambda: (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000001/state").exists())
+    kill(host)
+    until(lambda: ended(host))
+    shutil.rmtree(host.host)
+    host.host.mkdir()
+    (host.fake / "behaviour").write_text("finish")
+    host.settings(SYNC_SECONDS="3600")
+    start(host)
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: finished"
+    assert (host.host / "azr_runs/demo/metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000002/state").exists()
 
 
