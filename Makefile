@@ -1,5 +1,5 @@
-# make demo | test | lint | model. The first call makes .venv (Python >= 3.11) and installs into it; later ones reuse it
-# until pyproject.toml changes. `make demo PYTHON=/path/to/python3.12` chooses the interpreter.
+# make demo | test | lint | model | plan-all. The first call makes .venv (Python >= 3.11) and installs into it; later ones
+# reuse it until pyproject.toml changes. `make demo PYTHON=/path/to/python3.12` chooses the interpreter.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Huge pages make XLA on CPU faster where the C library is glibc; elsewhere the variable is ignored.
 CPU_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint model clean help
+.PHONY: demo test lint model plan-all clean help
 
 help:
 	@echo "make demo   self-play with the embedded model on CPU, ends with a report (set-up included)"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make model  rebuild the embedded model from nothing (CPU, up to 90 minutes)"
+	@echo "make plan-all  compile every config for its slice, write docs/hardware.md (hours; can be stopped and continued)"
 	@echo "make clean  remove $(VENV) and caches; runs/ stays"
 
 demo: $(VENV)/.installed
@@ -29,6 +30,9 @@ lint: $(VENV)/.installed-test
 
 model: $(VENV)/.installed
 	$(CPU_ENV) $(BIN)/azr-jax pretrain --out azr_jax/models/embedded
+
+plan-all: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/plan_all.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -224,7 +224,11 @@ def _mesh(sizes: dict[str, int]) -> str:
 def _traffic(record: dict[str, Any]) -> list[str]:
     """Lines about collectives."""
     lines = []
-    for name, unit in (("prefill", "a prefill"), ("decode", "a token of every slot"), ("update", "a micro-batch")):
+    for name, unit in (
+        ("prefill", "a prefill"),
+        ("decode", "a token of every slot"),
+        ("update", "a micro-batch, its loop over layers counted once on TPU"),
+    ):
         each = record[name]
         if not each["compiled"]:
             continue

@@ -1,8 +1,9 @@
 """Traffic between chips, read from the text of a compiled program: bytes by kind of collective.
 
-A loop counts as often as the compiler knows it to run (every layer of a scan); one whose length is data (micro-batches
-of an update, steps of a block of decoding) counts once. So the figures are for one micro-batch, one token a slot, one
-prefill. A collective's bytes are those of its result on one chip, for a reduce-scatter those of its operands.
+A loop counts as often as the program's text says that it runs, else once: micro-batches of an update, steps of a block
+of decoding, and in what the TPU compiler prints also the layers of an update. So on TPU the figures are for one token a
+slot, one prefill, and one layer of one micro-batch (with its embedding and logits). A collective's bytes are
+those of its result on one chip, for a reduce-scatter those of its operands.
 """
 
 from __future__ import annotations

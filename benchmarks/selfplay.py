@@ -2,8 +2,10 @@
 
     python benchmarks/selfplay.py --out benchmarks/results/selfplay.json
 
-The embedded model proposes, solves and is judged as in a run (no update). Every verdict is held back until a given time
-after its request, 300 ms by default, as if each program took that long on a core of its own. Compared are the stream of
+The embedded model proposes, solves and is judged as in a run (no update); it computes on one core and the executor on
+the others, as a device and its host would, or they would only take each other's time. Every verdict is held back until
+a given time after its request, 300 ms by default, as if each program took that long on a core of its own. Compared are
+the stream of
 `azr_jax/stream.py` and phases that wait for one another as the reference's do: all responses, then all verdicts, then
 what follows from them. Times are of the same steps (same seed, weights and buffers), the median of several, taken in
 turns; the trajectories of all four are compared and must be equal.
@@ -119,7 +121,10 @@ def main() -> None:
         "phases_slow": (Phases, args.delay),
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[1:] or cores)  # what the pool starts stays there
     with ExecutorPool(config.executor) as pool:
+        os.sched_setaffinity(0, cores[:1])  # JAX starts its threads later
         run = Run(config, pool)
         params = run.fresh_state().params
         run.warm_up(params)

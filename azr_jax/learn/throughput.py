@@ -21,6 +21,7 @@ PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
+    "TPU v5": 459e12,  # as some versions call v5p; v5e matched above
     "TPU v6 lite": 918e12,
     "A100": 312e12,
     "H100 PCIe": 756e12,

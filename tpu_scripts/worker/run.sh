@@ -13,11 +13,12 @@ code=1
 restore || end "failed (could not read $REMOTE)"
 [[ -z $MODEL ]] || OVERRIDES=("model=$LOCAL_MODEL" "${OVERRIDES[@]}")
 stopped=no
-trap 'stopped=yes; kill -TERM $(jobs -p) || :' TERM
+trap 'stopped=yes; kill -TERM $(jobs -p) || :' TERM # the one job is train, if it is there yet
 "$VENV/bin/azr-jax" train "$CONFIG" "run_dir=$RUN" "${OVERRIDES[@]}" &
 trainer=$!
 while sleep "$SYNC_SECONDS"; do upload || echo "upload failed, the next one is in $SYNC_SECONDS s"; done &
 uploads=$!
+disown "$uploads" # its end is no news for the log
 [[ $stopped == no ]] || kill -TERM "$trainer" || :
 
 while kill -0 "$trainer" 2>/dev/null; do wait "$trainer" || :; done # a signal ends `wait` early, not the job
