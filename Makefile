@@ -1,5 +1,5 @@
-# make demo | test | lint | model | plan-all. The first call makes .venv (Python >= 3.11) and installs into it; later ones
-# reuse it until pyproject.toml changes. `make demo PYTHON=/path/to/python3.12` chooses the interpreter.
+# make demo | test | lint | model | plan-all. The first call makes .venv (Python >= 3.11) and installs into it; later
+# ones reuse it until pyproject.toml changes. `make demo PYTHON=/path/to/python3.12` chooses the interpreter.
 
 VENV := .venv
 BIN := $(VENV)/bin
