@@ -183,10 +183,10 @@ class Setup:
 
     @property
     def prefill_rows(self) -> int:
-        """Prompts of the longest prefill, as rollout.device.Device.rows."""
+        """Prompts of the longest prefill."""
         rollout = self.config.rollout
         bucket = sizing.prompt_buckets(rollout)[-1]
-        return self.shards * min(max(1, rollout.prefill_tokens // (bucket * self.shards)), self.slots // self.shards)
+        return sizing.prefill_rows(rollout, bucket, self.slots, self.shards, self.target.chip.platform)
 
     @property
     def micro_batches_at_most(self) -> int:

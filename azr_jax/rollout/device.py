@@ -113,9 +113,8 @@ class Device:
 
     def rows(self, bucket: int) -> int:
         """Prompts of a prefill of this length."""
-        tokens = sizing.prefill_tokens(self.config, self.mesh.devices.flat[0].platform)
-        each = tokens // (bucket * self.shards)
-        return self.shards * min(max(1, each), self.slots // self.shards)
+        platform = self.mesh.devices.flat[0].platform
+        return sizing.prefill_rows(self.config, bucket, self.slots, self.shards, platform)
 
     def prefill(self, prefills: Iterable[Prefill]) -> None:
         """Keys and values of prompts into their pages, as many programs as it takes."""

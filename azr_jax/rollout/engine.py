@@ -324,7 +324,7 @@ class Engine:
         """Look for stop strings in what a block brought and hand out what is finished."""
         assert self._scheduler is not None
         for sequence in landed:
-            if sequence.request.id not in self._live or self._live[sequence.request.id] is not sequence:
+            if self._live.get(sequence.request.id) is not sequence:
                 continue  # handed out or cancelled
             cut = self._stop_cut(sequence) if self.stop else None
             if cut is not None:

@@ -25,9 +25,10 @@ def prompt_buckets(config: RolloutConfig) -> list[int]:
     return sorted({-(-config.max_prompt // (part * config.page)) * config.page for part in parts})
 
 
-def prefill_tokens(config: RolloutConfig, platform: str) -> int:
-    """Prompt tokens computed at once on a platform as JAX calls it."""
-    return config.prefill_tokens or (PREFILL_TOKENS_CPU if platform == "cpu" else PREFILL_TOKENS)
+def prefill_rows(config: RolloutConfig, bucket: int, slots: int, shards: int, platform: str) -> int:
+    """Prompts of a prefill padded to `bucket`, all shards together, on a platform as JAX calls it."""
+    tokens = config.prefill_tokens or (PREFILL_TOKENS_CPU if platform == "cpu" else PREFILL_TOKENS)
+    return shards * min(max(1, tokens // (bucket * shards)), slots // shards)
 
 
 def longest(config: RolloutConfig) -> int:
