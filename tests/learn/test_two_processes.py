@@ -52,23 +52,29 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_the_same_update(tmp_path):
-    mesh = "2x2x2"  # `data` runs across the processes, `fsdp` and `tensor` within
-    address, out = f"127.0.0.1:{free_port()}", tmp_path / "two.safetensors"
+def run_two(program: str, *arguments: list[str]) -> None:
+    """Two processes of four devices each: `program` gets an address for both, its own number, and its arguments."""
+    address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(i), str(out), mesh],
+            [sys.executable, "-c", program, address, str(i), *own],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for i in range(2)
+        for i, own in enumerate(arguments)
     ]
     said = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+
+def test_the_same_update(tmp_path):
+    mesh = "2x2x2"  # `data` runs across the processes, `fsdp` and `tensor` within
+    out = tmp_path / "two.safetensors"
+    run_two(PROCESS, [str(out), mesh], [str(out), mesh])
     shape = MeshConfig(*map(int, mesh.split("x")))
     state = init_state(jax.tree.map(jnp.copy, params_of()), CONFIG, MODEL, mesh_of(shape))
     update = make_update(CONFIG, MODEL, mesh_of(shape))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -14,10 +11,9 @@ from safetensors.numpy import load_file
 from azr_jax.config import MeshConfig
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.learn.state import param_shardings
-from tests.learn.test_two_processes import free_port
+from tests.learn.test_two_processes import run_two
 from tests.rollout.engines import EOS, MODEL, SHORT, Letters, params_of, requests
 
-ROOT = Path(__file__).parents[2]
 PROCESS = """
 import sys
 import jax
@@ -50,21 +46,7 @@ def decoded(mesh: tuple[int, int, int], count: int) -> dict[str, np.ndarray]:
 
 
 def test_hosts_decode_alone_from_shared_weights(tmp_path: Path) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path / f"{i}.safetensors")],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    run_two(PROCESS, *([str(tmp_path / f"{i}.safetensors")] for i in range(2)))
     alone = decoded((2, 2, 2), 24)
     for i, count in enumerate((7, 24)):
         found = load_file(tmp_path / f"{i}.safetensors")
