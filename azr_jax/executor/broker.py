@@ -29,7 +29,7 @@ from azr_jax.tasks.validation import static_rejection
 
 _MAX_OPEN = 2048  # requests in work; beyond that we stop reading, and the trainer's writes wait
 _MESSAGES_A_TURN = 8  # of the trainer; between turns, workers that have become free get their next run
-_COLLECT_SECONDS = 0.002  # that verdicts wait for company while runs are queued: each message wakes the trainer
+_COLLECT_SECONDS = 0.01  # that verdicts wait for company while runs are queued: each message wakes the trainer
 _CACHE_VERDICTS = 8192
 _CACHE_CHARS = 4096  # of a request; a bound on the cache's memory
 _NOT_CACHED = ("infra", "memory", "crashed")  # another time may tell more

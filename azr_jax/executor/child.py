@@ -19,8 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from azr_jax.executor.heap import moved
-from azr_jax.executor.lockdown import TASK_FD
-from azr_jax.executor.plain import TooLarge, Unsupported, encode
+from azr_jax.executor.plain import TooLarge, Unsupported
 
 # Tags of a frame. A frame is a 4-byte big-endian length (of what follows) and then the tag and its UTF-8 text.
 VALUE, ERROR, MEMORY, LIMIT, UNSUPPORTED, SYNTAX, NO_FUNCTION, DONE = b"V", b"E", b"M", b"L", b"U", b"S", b"N", b"D"
@@ -38,19 +37,18 @@ def pack_task(program: str, inputs: Inputs, max_chars: int) -> bytes:
     return marshal.dumps((program, inputs, max_chars))
 
 
-def task_runner(send: Send | None = None) -> Callable[[bytes], None]:
+def task_runner(encoded: Callable[[Any, int], str], answer: Send) -> Callable[[bytes], None]:
     """Build the function that runs a task (`pack_task`): one frame an input, or one if nothing compiles, then DONE.
 
-    Each frame is sent as soon as it is known, DONE together with the last. `send` replaces the child's socket. Built in
-    the worker, which costs no child anything, with all that it uses bound before any program runs; in cells rather than
-    default arguments, because a call would touch each of those, and a page touched is a page copied.
+    Each frame is sent as soon as it is known, DONE together with the last. Values are `encoded` (`plain.encoder`).
+    Built in the worker, which costs no child anything, with all that it uses bound before any program runs; in cells
+    rather than default arguments, because a call would touch each of those, and a page touched is a page copied.
     """
     loads, compiled, length = marshal.loads, compile, len
-    execute, is_callable, encoded, the_builtins = exec, callable, encode, builtins
+    execute, is_callable, the_builtins = exec, callable, builtins
     type_of, name_of = type, _NAME_OF
     memory_error, too_large, unsupported, base_exception = MemoryError, TooLarge, Unsupported, BaseException
     uncompilable = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)  # the last: too deeply nested
-    answer = send or _sender()
 
     def run_task(task: bytes) -> None:
         program, inputs, max_chars = loads(task)
@@ -94,14 +92,14 @@ def task_runner(send: Send | None = None) -> Callable[[bytes], None]:
     return run_task
 
 
-def task_reader() -> Callable[[int], bytes]:
-    """Build the function that reads a task of a given size from TASK_FD."""
-    read, length = moved(os.read), len
+def task_reader(descriptor: int) -> Callable[[int], bytes]:
+    """Build the function that reads a task of a given size."""
+    read, length = moved(os.read, descriptor), len
 
     def read_task(size: int) -> bytes:
-        data = read(TASK_FD, size)
+        data = read(size)
         while length(data) < size:
-            more = read(TASK_FD, size - length(data))
+            more = read(size - length(data))
             if not more:
                 raise EOFError
             data += more
@@ -110,8 +108,9 @@ def task_reader() -> Callable[[int], bytes]:
     return read_task
 
 
-def _sender() -> Send:
-    write, pack, length, done = moved(os.write), _HEADER.pack, len, _HEADER.pack(1) + DONE
+def sender(descriptor: int) -> Send:
+    """Build the function that sends frames."""
+    write, pack, length, done = moved(os.write, descriptor), _HEADER.pack, len, _HEADER.pack(1) + DONE
 
     def send(tag: bytes, text: str, last: bool) -> None:
         body = tag + text.encode("utf-8", "backslashreplace")
@@ -119,7 +118,7 @@ def _sender() -> Send:
         if last:
             message += done
         while message:
-            message = message[write(TASK_FD, message) :]
+            message = message[write(message) :]
 
     return send
 

@@ -54,7 +54,7 @@ class Crew:
         self._selector = selector
         self._size = max(2, size)  # agreement between runs needs two hash seeds, however few cores there are
         self._regular = size  # workers that get runs whenever there are any; more are kept for runs that must agree
-        self._slots = max(2 * size, min(5 * size // 2, max_children))  # with fewer, cores idle while we read results
+        self._slots = max(2 * size, min(5 * size, max_children))  # with fewer, cores idle while we read results
         self._max_children = max(self._slots, max_children)
         self._queues: tuple[OrderedDict[object, deque[Run]], ...] = (OrderedDict(), OrderedDict())  # urgent, other
         self._alarms: list[tuple[float, int]] = []  # heap of (time, number of a child)

@@ -8,9 +8,11 @@ Neither changes what a program can see; both are measured in docs/executor.md.
 
 from __future__ import annotations
 
+import marshal
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 try:
@@ -49,6 +51,15 @@ def moved(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     start-up put them, all over the heap; stand-ins made one after the other, after `settle`, lie side by side.
     """
     return partial(function, *arguments)
+
+
+def renewed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a Python function, those defined inside it included, in memory that was taken just now; see `moved`.
+
+    What a function of Python touches when it runs, its code and constants, lies where importing its module put it.
+    """
+    code = marshal.loads(marshal.dumps(function.__code__))
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
 
 
 def _use_huge_pages(libc: ctypes.CDLL) -> None:

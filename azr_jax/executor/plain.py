@@ -23,7 +23,8 @@ class TooLarge(Exception):
     """The value is too deep, too wide or too long."""
 
 
-def _encoder() -> Callable[[Any, int], str]:
+def encoder() -> Callable[[Any, int], str]:
+    """Build the function that encodes a value."""
     # Bound here, before a program runs: it may patch builtins, and must not thereby change what it returned.
     type_of, length, text_of = type, len, repr
     leaf_types, text_types, sequence_types = _LEAVES, frozenset({str, bytes}), frozenset({list, tuple, set, frozenset})
@@ -68,6 +69,3 @@ def _encoder() -> Callable[[Any, int], str]:
         return text
 
     return encode
-
-
-encode = _encoder()

@@ -24,8 +24,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from azr_jax.executor import breakout, child, heap, lockdown
-from azr_jax.executor.heap import moved
+from azr_jax.executor import breakout, child, heap, lockdown, plain
+from azr_jax.executor.heap import moved, renewed
 
 COMMAND = struct.Struct("=cIII")  #: FORK, KILL or TELL; number of the run; CPU limit in seconds; bytes of the task
 REPORT = struct.Struct("=IiI")  #: number of the run, wait status, 0 or pid
@@ -47,6 +47,7 @@ _CODECS = (
     "base64 punycode"
 ).split()
 _WARM_UP_ROUNDS = 64
+_READ_BYTES = 4096
 _WARM_UP_PROGRAM = """
 import math, re
 from collections import Counter
@@ -61,16 +62,19 @@ def f(a, b='x', *c, **d):
         raise ValueError(str(error)) from None
 """
 
+#: Builds, for a descriptor, the functions that read a task of a given size and run it.
+TaskServer = Callable[[int], tuple[Callable[[int], bytes], Callable[[bytes], None]]]
+
 
 def main() -> None:
     """Entry point of the worker process."""
     control = socket.socket(fileno=0)
     kept = _warm_interpreter()  # while files can still be read
-    lock = lockdown.child_lock()
+    lock = renewed(lockdown.child_lock)()
     layers = lockdown.lock_worker(int(sys.argv[1]))
     layers["parent_death_signal"] = lockdown.die_with_parent()
     os.environ.clear()
-    _settle_in()
+    task_server = _settle_in()
     escapes = _self_test(lock)
     refusal = lockdown.filter_refusal()
     layers |= {"seccomp": not refusal, "no_clock": True}
@@ -78,7 +82,7 @@ def main() -> None:
         layers[breakout.OTHER_LAYERS.get(name, "seccomp")] = False
     fault = refusal or ", ".join(name for name in escapes if name != breakout.CLOCK)
     control.sendall(json.dumps({"layers": layers, "fault": fault}).encode() + b"\n")
-    _serve(control, lock)
+    _serve(control, _child(lock, task_server))
     del kept
 
 
@@ -95,12 +99,13 @@ def _warm_interpreter() -> list[Any]:
     return kept
 
 
-def _settle_in() -> None:
+def _settle_in() -> TaskServer:
     """Offer programs their modules; the last steps before forks, which are to find the heap at rest."""
     child.offer_modules(OFFERED)
-    _warm_up()
+    task_server = _warm_up()
     gc.collect()
     gc.freeze()
+    return task_server
 
 
 def _import_offered() -> None:
@@ -116,20 +121,27 @@ def _import_offered() -> None:
         codecs.lookup(name)
 
 
-def _warm_up() -> None:
+def _warm_up() -> TaskServer:
     """Run what every child runs, until specialised code, caches and free lists are as a child will need them."""
-    sink: list[bytes] = []
+    build_encoder, build_runner = renewed(plain.encoder), renewed(child.task_runner)
+    build_reader, build_sender = renewed(child.task_reader), renewed(child.sender)
+    encode = build_encoder()
 
-    def send(tag: bytes, text: str, last: bool) -> None:
-        sink.append(tag + text.encode())
+    def task_server(descriptor: int) -> tuple[Callable[[int], bytes], Callable[[bytes], None]]:
+        return build_reader(descriptor), build_runner(encode, build_sender(descriptor))
 
-    run_task = child.task_runner(send)
     good = child.pack_task(_WARM_UP_PROGRAM, [(([1],), {}), (([],), {"b": "y"})], 4096)
     bad = child.pack_task("def f(:", [((), {})], 4096)
+    ours, theirs = socket.socketpair()
+    read_task, run_task = task_server(theirs.fileno())
     for _ in range(_WARM_UP_ROUNDS):
-        sink.clear()
-        run_task(good)
-        run_task(bad)
+        for task in (good, bad):
+            ours.sendall(task)
+            run_task(read_task(len(task)))
+            ours.recv(_READ_BYTES)
+    ours.close()
+    theirs.close()
+    return task_server
 
 
 def _pad(seed: int) -> list[Any]:
@@ -166,7 +178,7 @@ def _self_test(lock: Callable[[int, int, int], None]) -> list[str]:
     return json.loads(report) if status == 0 and report else [f"the test child ended with status {status}"]
 
 
-def _serve(control: socket.socket, lock: Callable[[int, int, int], None]) -> None:
+def _serve(control: socket.socket, become_child: Callable[[int, int, int], None]) -> None:
     """Fork, kill and reap until the control socket closes.
 
     Children are reaped in the handler of SIGCHLD, which interrupts the wait for the next command: there is nothing else
@@ -175,7 +187,6 @@ def _serve(control: socket.socket, lock: Callable[[int, int, int], None]) -> Non
     """
     running: dict[int, int] = {}  # pid -> number of the run; never empty while one may have to be reaped
     early: dict[int, int] = {}  # pid -> status of what ended before its pid was in `running`
-    become_child = _child(lock)
     wait, fork, close = moved(os.waitpid, -1, os.WNOHANG), moved(os.fork), moved(os.close)
     receive, send, unpack, pack = moved(control.recvmsg, COMMAND.size, 64), control.sendall, COMMAND.unpack, REPORT.pack
 
@@ -238,10 +249,10 @@ def _look_up(control: socket.socket, what: bytes, number: int, running: dict[int
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
 
-def _child(lock: Callable[[int, int, int], None]) -> Callable[[int, int, int], None]:
+def _child(lock: Callable[[int, int, int], None], task_server: TaskServer) -> Callable[[int, int, int], None]:
     """Build the life of a child: lock down, serve the task, end. Never returns; no cleanup code of a program runs."""
     worker, leave = os.getpid(), moved(os._exit)
-    read_task, run_task = child.task_reader(), child.task_runner()
+    read_task, run_task = task_server(lockdown.TASK_FD)
 
     def become_child(task_fd: int, cpu_seconds: int, size: int) -> None:
         status = 1

@@ -222,8 +222,8 @@ def test_missing_layers_are_named_in_a_warning(monkeypatch, caplog):
 
 
 def test_what_waits_for_its_turn_is_not_asleep():
-    with ExecutorPool(ExecutorConfig(workers=1, cpu_seconds=0.3, wall_seconds=0.4)) as pool:
-        loops = [Request(str(n), "run", program=SPIN + f"  # {n}", input="1") for n in range(6)]
+    with ExecutorPool(ExecutorConfig(workers=1, cpu_seconds=0.75, wall_seconds=1.0)) as pool:
+        loops = [Request(str(n), "run", program=SPIN + f"  # {n}", input="1") for n in range(3)]
         found = [(v.status, v.reason) for v in pool.run_all(loops)]
     # Each needs three quarters of the wall limit alone on a core; where it gets next to none, ten times that ends, too.
     assert ("timeout", "cpu") in found and set(found) <= {("timeout", "cpu"), ("timeout", "wall")}

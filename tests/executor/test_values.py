@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from azr_jax.executor.plain import MAX_DEPTH, TooLarge, Unsupported, encode
+from azr_jax.executor.plain import MAX_DEPTH, TooLarge, Unsupported, encoder
 from azr_jax.executor.values import (
     MAX_TEXT,
     canonical,
@@ -23,6 +23,7 @@ from azr_jax.executor.values import (
     parse_value,
 )
 
+encode = encoder()
 NUMBERS = st.one_of(
     st.booleans(), st.integers(), st.integers(-(10**400), 10**400), st.floats(), st.complex_numbers(allow_nan=True)
 )
