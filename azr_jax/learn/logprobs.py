@@ -64,12 +64,12 @@ class _How(NamedTuple):
     chunk: int
 
     def logits(self, head: Array, hidden: Array, banned: Array | None) -> Array:
-        """float32 [B, C, V], as the sampler has them."""
+        """float32 [B * C, V], as the sampler has them."""
         return ban(unembed({self.head: head}, self.config, hidden), banned) / self.temperature
 
 
 class _Terms(NamedTuple):
-    """Results chunk by chunk, float32 [N, B, C]; log_norm is the logsumexp of the logits."""
+    """Results chunk by chunk, float32 [N, B * C]; log_norm is the logsumexp of the logits."""
 
     logprob: Array
     entropy: Array
@@ -87,10 +87,10 @@ def _forward(
     head: Array, hidden: Array, targets: Array, banned: Array | None, wanted: Array | None, how: _How
 ) -> tuple[tuple[Array, Array], tuple]:
     order = _Order.of(wanted, how.chunk, hidden.shape[1])
-    states, wants = order.chunks(hidden), order.chunks(targets)  # [N, B, C, D], [N, B, C]
+    states, wants = order.chunks(hidden), order.chunks(targets)  # [N, B * C, D], [N, B * C]
 
     def score(index: Array, done: _Terms) -> _Terms:
-        logits = how.logits(head, states[index], banned)  # [B, C, V]
+        logits = how.logits(head, states[index], banned)  # [B * C, V]
         top = jnp.max(logits, axis=-1, keepdims=True)
         below = logits - top
         odds = jnp.exp(below)
@@ -112,20 +112,20 @@ def _backward(how: _How, kept: tuple, gradients: tuple[Array, Array]) -> tuple:
     tied = how.config.tie_word_embeddings
     order = _Order.of(wanted, how.chunk, hidden.shape[1])
     states, wants = order.chunks(hidden), order.chunks(targets)
-    d_logprob, d_entropy = (order.chunks(x)[..., None] for x in gradients)  # [N, B, C, 1]
+    d_logprob, d_entropy = (order.chunks(x)[..., None] for x in gradients)  # [N, B * C, 1]
     entropy, log_norm = terms.entropy[..., None], terms.log_norm[..., None]
 
     def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_states, d_head = carry
         x = states[index]
-        logp = how.logits(head, x, banned) - log_norm[index]  # [B, C, V]
+        logp = how.logits(head, x, banned) - log_norm[index]  # [B * C, V]
         # d logprob / d logit = [chosen] - p; d entropy / d logit = -p (log p + entropy)
         d_logits = jnp.where(_chosen(logp, wants[index]), d_logprob[index], 0.0)
         d_logits -= jnp.exp(logp) * (d_logprob[index] + d_entropy[index] * (logp + entropy[index]))
         d_logits = (d_logits / how.temperature).astype(head.dtype)
-        d_x = jnp.einsum("bcv,vd->bcd" if tied else "bcv,dv->bcd", d_logits, head)
+        d_x = jnp.einsum("cv,vd->cd" if tied else "cv,dv->cd", d_logits, head)
         # [D, V] also where the head is [V, D]: the other way round, XLA on CPU transposes the logits' gradient.
-        new = jnp.einsum("bcd,bcv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        new = jnp.einsum("cd,cv->dv", x, d_logits, preferred_element_type=jnp.float32)
         return _put(d_states, d_x, index), d_head + new
 
     zero = jnp.zeros_like(states), jnp.zeros(head.shape[::-1] if tied else head.shape, jnp.float32)
@@ -154,14 +154,15 @@ class _Order(NamedTuple):
         return cls(front, jnp.argsort(front, axis=1), (most + chunk - 1) // chunk, chunk, length)
 
     def chunks(self, x: Array) -> Array:
-        """[B, T, ...] -> [N, B, C, ...], padded with zeros."""
+        """[B, T, ...] -> [N, B * C, ...], padded with zeros. One axis: see `rms_norm`."""
         x = x if self.front is None else _columns(x, self.front)
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.chunk), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, self.chunk, *x.shape[2:]), 1, 0)
+        x = jnp.moveaxis(x.reshape(x.shape[0], -1, self.chunk, *x.shape[2:]), 1, 0)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     def rows(self, x: Array) -> Array:
         """The inverse of `chunks`."""
-        x = jnp.moveaxis(x, 0, 1)
+        x = jnp.moveaxis(x.reshape(x.shape[0], -1, self.chunk, *x.shape[2:]), 0, 1)
         x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
         return x if self.back is None else _columns(x, self.back)
 
@@ -171,7 +172,7 @@ def _columns(x: Array, order: Array) -> Array:
 
 
 def _chosen(logits: Array, targets: Array) -> Array:
-    """bool [B, C, V]: where the target is."""
+    """bool [B * C, V]: where the target is."""
     return lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 

@@ -1,8 +1,7 @@
-"""Products of activations and weights, whose gradient never transposes the larger of the two.
+"""Products of activations and weights, with the gradient of a weight in the order XLA multiplies fastest on CPU.
 
-JAX contracts the gradient of a weight in one fixed order. Where that makes XLA transpose what is as wide as the
-feed-forward layer, fused with the activation's derivative, a CPU spends more time on it than on the products. Here the
-narrower operand is the one that is turned; on accelerators both orders are the same.
+JAX contracts that gradient as [O, I] and turns the result over, which XLA on CPU merges into one product of transposed
+arrays, at half the speed of turning the activations first. On accelerators both orders are the same.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = kept
     d_x = jnp.einsum("bto,io->bti", gradient, weight)
-    if x.shape[-1] <= gradient.shape[-1]:
-        return d_x, jnp.einsum("bti,bto->io", x, gradient)
-    return d_x, jnp.einsum("bto,bti->oi", gradient, x).T
+    return d_x, jnp.einsum("bti,bto->io", x, gradient)
 
 
 _product.defvjp(_forward, _backward)
