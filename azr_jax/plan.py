@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
 
+from azr_jax.chips import GIB
 from azr_jax.config import Config
 from azr_jax.config_loader import load_config
 from azr_jax.errors import UserError
@@ -22,7 +23,7 @@ from azr_jax.models.config import ModelConfig
 from azr_jax.models.sizes import SIZES, published_size
 from azr_jax.models.weights import model_folder
 from azr_jax.plan_estimate import PROGRAMS, Setup
-from azr_jax.plan_hardware import GIB, Target, accelerator_type, known_targets, parse_target
+from azr_jax.plan_hardware import Target, accelerator_type, known_targets, parse_target
 
 log = logging.getLogger(__name__)
 

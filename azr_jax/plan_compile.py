@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from azr_jax.chips import GIB
 from azr_jax.dist.mesh import make_mesh, row_sharding
 from azr_jax.errors import UserError
 from azr_jax.learn.packing import pack
@@ -38,7 +39,6 @@ from azr_jax.models.attention import attend
 from azr_jax.models.transformer import init_params
 from azr_jax.plan_collectives import collectives
 from azr_jax.plan_estimate import Setup
-from azr_jax.plan_hardware import GIB
 from azr_jax.rollout.device import Device
 from azr_jax.rollout.weights import decode_mesh
 
@@ -89,7 +89,7 @@ def _compile(setup: Setup, program: str) -> dict[str, Any]:
     start = time.monotonic()
     with _alive(f"compiling {program} for {setup.target.name}"):
         try:
-            done = _lower(setup, program).compile()
+            done = lower(setup, program).compile()
         except jax.errors.JaxRuntimeError as error:
             too_large = TOO_LARGE.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
             if too_large is None:
@@ -109,15 +109,15 @@ def _compile(setup: Setup, program: str) -> dict[str, Any]:
 _PARTS = ("argument", "temp", "output", "alias")
 
 
-def _lower(setup: Setup, program: str) -> Any:
-    """A program traced for the shapes and places of its arguments on the target's own devices."""
+def lower(setup: Setup, program: str) -> Any:
+    """A program (of `PROGRAMS`) traced for the shapes and places of its arguments on the target's own devices."""
     if program == "update":
         return _lower_update(setup)
     rollout = replace(setup.config.rollout, cache_gb=(setup.cache * 1.0001) / GIB)
     mesh = decode_mesh(setup.model, _devices(setup, setup.target.host_name if _is_tpu(setup) else ""))
     device = Device(setup.model, rollout, mesh, setup.slots, frozenset({0, 1}), setup.attention, setup.dtype)
     size = device.buckets[-1] if program == "prefill" else device.widths[-1]
-    return device._lower(program, size, False)
+    return device.lower(program, size)
 
 
 def _lower_update(setup: Setup) -> Any:

@@ -17,19 +17,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from azr_jax.config import Config
+from azr_jax.config import Config, RolloutConfig
 from azr_jax.dist.mesh import AXES, mesh_sizes
 from azr_jax.learn.logprobs import chunk_tokens
-from azr_jax.learn.prepare import most_trajectories
+from azr_jax.learn.prepare import most_micro, most_trajectories, row_tokens
 from azr_jax.learn.state import param_shardings
 from azr_jax.learn.step import micro_rows
 from azr_jax.learn.throughput import flops_a_token
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.transformer import Params, Spec, param_specs
-from azr_jax.plan_hardware import GIB, Target
+from azr_jax.plan_hardware import Target
 from azr_jax.rollout import sizing
 from azr_jax.rollout.cache import Layout
-from azr_jax.rollout.weights import copy_shapes
+from azr_jax.rollout.weights import copy_shapes, decode_sizes
 from azr_jax.tasks.kinds import KINDS
 
 PROGRAMS = ("prefill", "decode", "update")
@@ -62,12 +62,11 @@ class Setup:
     def __init__(self, config: Config, model: ModelConfig, target: Target) -> None:
         self.config, self.model, self.target = config, model, target
         self.dtype = config.learn.dtype
-        tensor = math.gcd(target.host_chips, model.num_kv_heads)  # as rollout.weights.decode_mesh
         self.mesh = _abstract(mesh_sizes(config.mesh, target.chips))
-        self.host_mesh = _abstract({"data": target.host_chips // tensor, "fsdp": 1, "tensor": tensor})
-        self.shards = target.host_chips // tensor
-        self.slots = -(-config.rollout.slots // self.shards) * self.shards  # of a host
-        self.row_tokens = config.learn.row_tokens or config.rollout.max_prompt + config.rollout.max_response
+        self.host_mesh = _abstract(decode_sizes(model, target.host_chips))
+        self.shards = int(self.host_mesh.shape["data"])
+        self.slots = sizing.slots(config.rollout, self.shards)  # of a host
+        self.row_tokens = row_tokens(config)
         self.rows = micro_rows(config, self.mesh)
 
     @property
@@ -106,22 +105,18 @@ class Setup:
     @cached_property
     def room(self) -> float:
         """Bytes a chip that the cache may take: `rollout.cache_gb`, or the engine's share of what is free by then."""
-        if self.config.rollout.cache_gb:
-            return self.config.rollout.cache_gb * GIB
-        return sizing.DEVICE_SHARE * max(self.target.chip.usable - self.resident - self.copy, 0.0)
+        if self.target.chip.platform == "cpu":
+            free = sizing.HOST_SHARE * self.target.chip.usable
+        else:
+            free = sizing.DEVICE_SHARE * max(self.target.chip.usable - self.resident - self.copy, 0.0)
+        return sizing.cache_room(*self._cache_sizes, free)
 
     @cached_property
     def layout(self) -> Layout:
         """Of a host's cache. Where there is no room for the longest sequence it gets that nevertheless."""
-        rollout = self.config.rollout
-        kind = {"tpu": "splash" if self.attention == "splash" else "xla", "gpu": "xla", "cpu": "working"}
-        stored = "int8" if rollout.cache_dtype == "int8" else self.dtype
-        here = kind[self.target.chip.platform]
-        layout = Layout(self.shards, 0, rollout.page, stored, self.dtype, here, sizing.chunk(rollout, here))
-        least = -(-sizing.longest(rollout) // rollout.page) + 1
-        wanted = self.slots // self.shards * -(-sizing.longest(rollout) // rollout.page) + least
-        held = int(self.room / self._page_bytes(layout))
-        return layout._replace(pages=max(least, min(wanted, held)))
+        least = sizing.least_pages(self.config.rollout) * self._page_bytes
+        pages = sizing.page_count(*self._cache_sizes, max(self.room, least))
+        return self._empty._replace(pages=pages)
 
     @property
     def starved(self) -> bool:
@@ -131,15 +126,27 @@ class Setup:
     @property
     def cache(self) -> float:
         """Bytes a chip of the cache."""
-        return self.layout.pages * self._page_bytes(self.layout)
+        return self.layout.pages * self._page_bytes
 
     @property
     def kv_tokens(self) -> int:
         """Tokens that a host's cache holds."""
         return self.layout.pages * self.layout.page * self.shards
 
-    def _page_bytes(self, layout: Layout) -> float:
-        return layout.bytes_per_page(self.model) / self.host_mesh.shape["tensor"]
+    @property
+    def _empty(self) -> Layout:
+        """The cache's layout before it has pages."""
+        kind = sizing.cache_kind(self.attention, self.target.chip.platform)
+        return sizing.cache_layout(self.config.rollout, kind, self.shards, self.dtype)
+
+    @property
+    def _cache_sizes(self) -> tuple[RolloutConfig, ModelConfig, Layout, Any, int]:
+        """What the rules of rollout.sizing go by; slots are those of a shard."""
+        return self.config.rollout, self.model, self._empty, self.host_mesh, self.slots // self.shards
+
+    @property
+    def _page_bytes(self) -> float:
+        return sizing.page_bytes(self.model, self._empty, self.host_mesh)
 
     def bytes_of(self, program: str) -> Bytes:
         """What a program needs on a chip, besides what the learner holds."""
@@ -154,9 +161,7 @@ class Setup:
         tensor = self.host_mesh.shape["tensor"]
         rows = self.slots // self.shards
         temp = rows * (self._block_bytes(tensor) + 3 * 4 * self.model.vocab_size / tensor)
-        if self.layout.kind == "working":  # a second copy of every row's pages, in one piece
-            width = sizing.table_widths(self.config.rollout, "working")[-1]
-            temp += rows * width * self._page_bytes(self.layout._replace(dtype=self.dtype))
+        temp += sizing.working_bytes(*self._cache_sizes)
         return Bytes(self.copy + self.cache, temp, self.cache, self.cache)
 
     def _update(self) -> Bytes:
@@ -190,9 +195,8 @@ class Setup:
 
     @property
     def micro_batches_at_most(self) -> int:
-        """The static number of micro-batches, as learn.packing.micro_bound."""
-        longest = self.config.rollout.max_prompt + self.config.rollout.max_response
-        return -(-most_trajectories(self.config) // (max(self.row_tokens // longest, 1) * self.rows))
+        """The static number of micro-batches."""
+        return most_micro(self.config, self.rows)
 
     # Work: flops and bytes of memory traffic, a chip and call.
 
@@ -228,7 +232,7 @@ class Setup:
         head = 2.0 * model.vocab_size * model.hidden_size
         scores = 4.0 * model.num_heads * model.head_dim * model.num_layers
         tensor = self.host_mesh.shape["tensor"]
-        kv = self._page_bytes(self.layout) / self.layout.page
+        kv = self._page_bytes / self.layout.page
         if program == "prefill":
             each = sizing.prompt_buckets(rollout)[-1]
             padded = self.prefill_rows // self.shards * each

@@ -1,42 +1,16 @@
-"""What `azr-jax plan` knows about accelerators: memory, peak rates, and which slices exist. Never imports JAX.
+"""The machines and slices `azr-jax plan` can plan for, by every name they have. Never imports JAX.
 
-Figures are the makers': cloud.google.com/tpu/docs/v5e, /v5p, /v6e and NVIDIA's H100 and H200 data sheets (SXM, dense
-bfloat16). `usable` is what a program may have of the memory: on a TPU what its compiler says is available; on a GPU
-92 %, which a run gets with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 (JAX takes three quarters otherwise). The CPU's two
-rates are nominal, a few cores of a server: there the memory is the point.
+Which slices exist, and how many chips are on a host: cloud.google.com/tpu/docs/v5e, /v5p, /v6e. The CPU's two rates are
+nominal, a few cores of a server: there the memory is the point.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
 
+from azr_jax.chips import CHIPS, Chip
 from azr_jax.errors import ConfigError
-
-GIB = 2**30
-Platform = Literal["tpu", "gpu", "cpu"]
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One device as JAX counts them."""
-
-    name: str
-    platform: Platform
-    hbm: float  # bytes
-    usable: float  # bytes
-    flops: float  # bfloat16, a second
-    bandwidth: float  # of its memory, bytes a second
-
-
-CHIPS = {
-    "v5e": Chip("v5e", "tpu", 16 * GIB, 15.75 * GIB, 197e12, 819e9),
-    "v6e": Chip("v6e", "tpu", 32 * GIB, 31.24 * GIB, 918e12, 1640e9),
-    "v5p": Chip("v5p", "tpu", 95 * GIB, 95 * GIB, 459e12, 2765e9),
-    "h100": Chip("h100", "gpu", 79.6 * GIB, 0.92 * 79.6 * GIB, 989e12, 3350e9),  # 81,559 MiB by nvidia-smi
-    "h200": Chip("h200", "gpu", 140.4 * GIB, 0.92 * 140.4 * GIB, 989e12, 4800e9),  # 143,771 MiB
-}
 
 #: Slices by the number in their accelerator type: chips of v5e and v6e, cores (two a chip) of v5p.
 SLICES = {

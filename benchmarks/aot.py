@@ -14,10 +14,8 @@ One JSON line a case; a case takes from half a minute to a few minutes.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
 import sys
 import time
@@ -35,7 +33,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from result import about, write
 
+from azr_jax.chips import CHIPS
 from azr_jax.config import Config, LearnConfig, MeshConfig
 from azr_jax.dist.mesh import make_mesh, row_sharding
 from azr_jax.learn.logprobs import next_token_logprobs
@@ -47,7 +47,7 @@ from azr_jax.models.config import ModelConfig
 from azr_jax.models.sizes import published_size
 from azr_jax.models.transformer import Attend, Params, Spec, forward, init_params, param_specs
 
-HBM_GIB = {"v5e": 16, "v6e": 32, "v5p": 95}  # of a chip, as Google's documentation gives it
+AHEAD = "no TPU: compiled ahead of time"
 ROW_TOKENS = 8192
 CASES = {  # model, topology, fsdp, tensor
     "forward": [
@@ -119,10 +119,10 @@ def measure(program: str, name: str, topology: str, fsdp: int, tensor: int, kind
     memory = compiled.memory_analysis()
     parts = {part: getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "temp", "output", "alias")}
     used = parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
-    limit = HBM_GIB[topology.split(":")[0]] * 2**30
+    limit = CHIPS[topology.split(":")[0]].usable
     case = {"model": name, "topology": topology, "fsdp": fsdp, "tensor": tensor, "attention": kind}
     case |= {f"{part}_gib": round(size / 2**30, 2) for part, size in parts.items()}
-    case |= {"used_gib": round(used / 2**30, 2), "hbm_gib": limit / 2**30, "fits": used < limit}
+    case |= {"used_gib": round(used / 2**30, 2), "usable_gib": round(limit / 2**30, 2), "fits": used < limit}
     if program == "update":
         try:
             case["largest_gathers"] = largest_gathers(compiled.as_text())
@@ -145,15 +145,7 @@ def main() -> None:
             sys.stdout.write(json.dumps(found[-1]) + "\n")
             sys.stdout.flush()
     if args.out:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python benchmarks/aot.py {args.program}",
-            "machine": f"{os.cpu_count()} cores {platform.machine()}, no TPU: compiled ahead of time",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "row_tokens": ROW_TOKENS,
-            "cases": found,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(args.out, about(AHEAD) | {"row_tokens": ROW_TOKENS, "cases": found})
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ paged kernel. The cache gets the share of the chip's memory that a run would giv
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-from aot import HBM_GIB  # sets the environment libtpu needs
+from aot import AHEAD  # sets the environment libtpu needs
 from jax.experimental import topologies
+from result import about, write
 
+from azr_jax.chips import CHIPS
 from azr_jax.config import RolloutConfig
 from azr_jax.models.sizes import published_size
 from azr_jax.rollout.device import Device
@@ -43,14 +41,15 @@ def measure(name: str, topology: str) -> dict[str, Any]:
     """Compile the longest prefill and the decode block of one case; GiB of a chip."""
     model = published_size(name)
     mesh = decode_mesh(model, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    limit = HBM_GIB[topology.split(":")[0]]
+    limit = CHIPS[topology.split(":")[0]].usable / 2**30
     weights = weights_bytes(model, "bfloat16") / mesh.shape["tensor"] / 2**30
     config = RolloutConfig(slots=SLOTS, page=128, cache_gb=DEVICE_SHARE * (limit - weights))
     device = Device(model, config, mesh, SLOTS, frozenset({0, 1}), "splash", "bfloat16")
     layout = device.layout
     split = mesh.shape["tensor"]
     dense = SLOTS // layout.shards * longest(config) * layout.bytes_per_page(model) / layout.page / split / 2**30
-    case: dict[str, Any] = {"model": name, "topology": topology, "mesh": dict(mesh.shape), "hbm_gib": limit}
+    case: dict[str, Any] = {"model": name, "topology": topology, "mesh": dict(mesh.shape)}
+    case |= {"usable_gib": round(limit, 2)}
     case |= {"weights_gib": round(weights, 2), "cache_gib": round(config.cache_gb, 2), "dense_gib": round(dense, 1)}
     case |= {"cached_tokens_a_shard": layout.pages * layout.page}
     for kind, size in (("prefill", device.buckets[-1]), ("decode", device.widths[-1])):
@@ -76,14 +75,7 @@ def main() -> None:
             sys.stdout.write(json.dumps(found[-1]) + "\n")
             sys.stdout.flush()
     if args.out:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": "python benchmarks/aot_rollout.py",
-            "machine": f"{os.cpu_count()} cores {platform.machine()}, no TPU: compiled ahead of time",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "cases": found,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(args.out, about(AHEAD) | {"cases": found})
 
 
 if __name__ == "__main__":

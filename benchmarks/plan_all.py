@@ -5,7 +5,8 @@
     python benchmarks/plan_all.py --only v5e  # configs whose name contains this
     python benchmarks/plan_all.py --tables    # only write the tables again
 
-Each plan is recorded in benchmarks/results/plan.json as soon as it is there. Configs for GPUs are planned from shapes.
+Each plan is recorded in benchmarks/results/plan.json as soon as it is there. Configs for GPUs are planned from shapes,
+and so is, in the table alone, what has not been compiled yet.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ import json
 import logging
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from azr_jax.chips import GIB
 from azr_jax.config_loader import load_config
 from azr_jax.plan import make_plan
 from azr_jax.plan_compile import versions
 from azr_jax.plan_estimate import PROGRAMS
-from azr_jax.plan_hardware import GIB, Target, parse_target
+from azr_jax.plan_hardware import Target, parse_target
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 RESULTS = ROOT / "benchmarks/results/plan.json"
+CHECKS = ROOT / "benchmarks/results/plan_check.json"
 PAGE = ROOT / "docs/hardware.md"
 FIRST = (
     "qwen2.5-coder-3b_v5e-8",
@@ -39,7 +43,7 @@ FIRST = (
     "qwen2.5-7b_h200",
     "qwen2.5-coder-3b_h100",
 )
-PENDING = "not planned yet"
+PENDING = "from shapes; not compiled yet"
 
 
 def planned_configs() -> Iterator[tuple[str, Target]]:
@@ -63,13 +67,13 @@ def main() -> None:
             logging.info("planning %s for %s", name, target.name)
             plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), target)
             record(name, plan)
-    PAGE.write_text(with_tables(PAGE.read_text(), json.loads(RESULTS.read_text())["plans"]))
+    PAGE.write_text(with_tables(PAGE.read_text()))
 
 
 def record(name: str, plan: dict[str, Any]) -> None:
     """Put one plan into the results."""
     known = json.loads(RESULTS.read_text())["plans"] if RESULTS.exists() else {}
-    plan |= {"date": datetime.date.today().isoformat(), "versions": versions()}
+    plan |= {"date": datetime.date.today().isoformat(), "versions": versions(), "commit": commit()}
     results = {
         "command": "make plan-all",
         "machine": f"{os.cpu_count()} cores {platform.machine()}, no TPU, no GPU",
@@ -78,9 +82,17 @@ def record(name: str, plan: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def with_tables(page: str, plans: dict[str, Any]) -> str:
-    """The page with what stands between its markers made anew."""
-    for marker, table in (("plans", plans_table(plans)), ("accuracy", accuracy_table(plans))):
+def commit() -> str | None:
+    """What was planned with; None outside a clone."""
+    found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def with_tables(page: str) -> str:
+    """The page with what stands between its markers made anew from the results."""
+    plans, checks = json.loads(RESULTS.read_text())["plans"], json.loads(CHECKS.read_text())["cases"]
+    tables = {"plans": plans_table(plans), "accuracy": accuracy_table(plans), "checks": checks_table(checks)}
+    for marker, table in tables.items():
         begin, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
         head, _, rest = page.partition(begin)
         page = f"{head}{begin}{table}{end}{rest.partition(end)[2]}"
@@ -94,13 +106,10 @@ def plans_table(plans: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, target in planned_configs():
-        plan = plans.get(name)
-        if plan is None:
-            lines.append(f"| `{name}` | {target.chips} | | | | {target.chip.usable / GIB:.1f} | | | {PENDING} | |")
-            continue
+        plan = plans.get(name) or make_plan(load_config(CONFIGS / f"{name}.yaml"), target, compiling=False)
         peaks = " | ".join(f"{plan[program]['peak_bytes'] / GIB:.1f}" for program in PROGRAMS)
         verdict = "fits" if plan["fits"] else "does not fit"
-        origin = "the compiler's" if plan["update"]["compiled"] else "from shapes"
+        origin = "the compiler's" if plan["update"]["compiled"] else "from shapes" if name in plans else PENDING
         lines.append(
             f"| `{name}` | {plan['chips']} | {peaks} | {plan['usable_bytes_per_chip'] / GIB:.1f} | "
             f"{plan['kv_tokens_per_host']:,} | {plan['expected']['step_seconds']:.0f} | {verdict} | {origin} |"
@@ -118,6 +127,17 @@ def accuracy_table(plans: dict[str, Any]) -> str:
                 error = each["estimated_peak_bytes"] / each["peak_bytes"] - 1
                 sizes = [each[f"{kind}peak_bytes"] / GIB for kind in ("", "estimated_")]
                 lines.append(f"| `{name}` | {program} | {sizes[0]:.2f} | {sizes[1]:.2f} | {100 * error:+.0f} % |")
+    return "\n".join(lines) + "\n"
+
+
+def checks_table(cases: list[dict[str, Any]]) -> str:
+    """What benchmarks/plan_check.py found."""
+    lines = ["| update on this CPU | process grew, MiB | compiler, MiB | error | shapes, MiB | error |"]
+    lines.append("|---|---|---|---|---|---|")
+    for case in cases:
+        kinds = ("compiler", "shapes")
+        cells = [f"{case[f'{kind}_mib']:,.0f} | {100 * case[f'{kind}_error']:+.1f} %" for kind in kinds]
+        lines.append(f"| {case['case']} | {case['grown_mib']:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +26,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
+from result import about, write
 
 from azr_jax.config import Config, LearnConfig, RolloutConfig
 from azr_jax.dist.mesh import make_mesh
@@ -116,14 +115,7 @@ def main() -> None:
         found.append({"case": name} | {f"{kind}_mib": round(size, 1) for kind, size in sizes.items()} | errors)
         print(json.dumps(found[-1]), flush=True)
     if args.out:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": "python benchmarks/plan_check.py",
-            "machine": f"{os.cpu_count()} cores {platform.machine()}",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "cases": found,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(args.out, about() | {"cases": found})
 
 
 if __name__ == "__main__":

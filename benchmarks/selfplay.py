@@ -5,20 +5,17 @@
 The embedded model proposes, solves and is judged as in a run (no update); it computes on one core and the executor on
 the others, as a device and its host would, or they would only take each other's time. Every verdict is held back until
 a given time after its request, 300 ms by default, as if each program took that long on a core of its own. Compared are
-the stream of
-`azr_jax/stream.py` and phases that wait for one another as the reference's do: all responses, then all verdicts, then
-what follows from them. Times are of the same steps (same seed, weights and buffers), the median of several, taken in
-turns; the trajectories of all four are compared and must be equal.
+the stream of `azr_jax/stream.py` and phases that wait for one another as the reference's do: all responses, then all
+verdicts, then what follows from them. Times are of the same steps (same seed, weights and buffers), the median of
+several, taken in turns; the trajectories of all four are compared and must be equal.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from result import about, write
 
 import azr_jax.selfplay
 from azr_jax.config import Config, ExecutorConfig, RolloutConfig, TasksConfig
@@ -138,11 +136,7 @@ def main() -> None:
     for results in zip(*found.values(), strict=True):
         if any(result["trajectories"] != results[0]["trajectories"] for result in results):
             raise SystemExit("the four ways produced different trajectories")
-    record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/selfplay.py",
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, {jax.devices()[0].device_kind}",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    record = about(jax.devices()[0].device_kind) | {
         "delay_seconds": args.delay,
         "batch": args.batch,
         "responses_a_step": len(found["stream_slow"][-1]["trajectories"]),
@@ -155,10 +149,9 @@ def main() -> None:
     record["stream_ratio"] = record["stream_slow"]["seconds"] / record["stream_instant"]["seconds"]
     record["phases_ratio"] = record["phases_slow"]["seconds"] / record["phases_instant"]["seconds"]
     record["phases_slow_over_stream_slow"] = record["phases_slow"]["seconds"] / record["stream_slow"]["seconds"]
-    text = json.dumps(record, indent=1)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(json.dumps(record, indent=1) + "\n")
     if args.out:
-        args.out.write_text(text + "\n")
+        write(args.out, record)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,18 @@ def prepare(trajectories: Sequence[Trajectory], config: Config, rows: int) -> tu
     kept = overlong(trajectories, config)
     advantages, stats = advantages_of(kept, config)
     weights, denominator = token_weights(kept, config)
+    return pack(kept, advantages, row_tokens(config), rows, most_micro(config, rows), weights, denominator), stats
+
+
+def row_tokens(config: Config) -> int:
+    """Tokens of a packed row: `learn.row_tokens`, or as many as the longest trajectory has."""
+    return config.learn.row_tokens or config.rollout.max_prompt + config.rollout.max_response
+
+
+def most_micro(config: Config, rows: int) -> int:
+    """The static number of micro-batches of `rows` rows: what the largest possible step may need."""
     longest = config.rollout.max_prompt + config.rollout.max_response
-    row_tokens = config.learn.row_tokens or longest
-    most = micro_bound(most_trajectories(config), longest, row_tokens, rows)
-    return pack(kept, advantages, row_tokens, rows, most, weights, denominator), stats
+    return micro_bound(most_trajectories(config), longest, row_tokens(config), rows)
 
 
 def most_trajectories(config: Config) -> int:

@@ -229,7 +229,9 @@ def place(batch: PackedBatch, mesh: Mesh) -> Batch:
     """The arrays of a packed batch on the mesh, rows over (data, fsdp)."""
     scalars = ("n_micro", "denominator")
     arrays = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name not in scalars}
-    return jax.device_put(arrays, row_sharding(mesh, leading=1))
+    where = row_sharding(mesh, leading=1)
+    # Every host has the whole batch. `device_put` would make sure of that by sending all of it to all devices.
+    return {name: jax.make_array_from_callback(x.shape, where, x.__getitem__) for name, x in arrays.items()}
 
 
 def _changed_share(new: Params, old: Params) -> Array:

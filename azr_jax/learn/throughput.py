@@ -12,27 +12,10 @@ from typing import Any
 
 import jax
 
+from azr_jax.chips import chip_of
 from azr_jax.learn.packing import PackedBatch
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.transformer import Spec, param_specs
-
-#: Dense bfloat16 FLOP/s of a device, by a part of JAX's name for it, as its maker's data sheet gives them.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,  # as some versions call v5p; v5e matched above
-    "TPU v6 lite": 918e12,
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Of one device; None if it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
 
 
 def flops_a_token(model: ModelConfig) -> float:
@@ -49,6 +32,6 @@ def throughput(
 ) -> dict[str, float]:
     """`perf/update_tokens_per_second` of prompts and responses and, where the peak is known, `perf/mfu`."""
     rate = float((batch.segments[: batch.n_micro] != 0).sum()) / seconds
-    peak = peak_flops(devices[0].device_kind)
+    chip = chip_of(devices[0].device_kind)
     found = {"perf/update_tokens_per_second": rate}
-    return found if peak is None else found | {"perf/mfu": rate * flops_a_token(model) / (peak * len(devices))}
+    return found if chip is None else found | {"perf/mfu": rate * flops_a_token(model) / (chip.flops * len(devices))}

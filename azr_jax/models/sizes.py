@@ -94,3 +94,10 @@ def published_size(name: str) -> ModelConfig:
     if name not in SIZES:
         raise UserError(f"no published size is called {name!r}; there are {', '.join(sorted(SIZES))}")
     return ModelConfig.from_hf(SIZES[name], name)
+
+
+def hub_name(name: str) -> str:
+    """The Hugging Face repository with the weights of a published size."""
+    if name.startswith("gemma"):
+        return f"google/{name}-pt"
+    return f"{'Qwen' if name.startswith('qwen') else 'meta-llama'}/{name.title()}"

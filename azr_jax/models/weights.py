@@ -24,6 +24,7 @@ from azr_jax.models.config import ModelConfig
 from azr_jax.models.families import text_key, weight_table
 from azr_jax.models.layout import Index, Row, Shape
 from azr_jax.models.shards import DTYPES, ShardWriter, Stored, stored_tensors
+from azr_jax.models.sizes import SIZES, hub_name
 from azr_jax.models.transformer import Params, Spec, param_specs
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,19 @@ def model_folder(model: str) -> Path:
     """The folder a config's `model` names: `embedded`, or a path. Raises UserError if it is not a folder."""
     folder = EMBEDDED if model == "embedded" else Path(model).expanduser()
     if not folder.is_dir():
+        if model.lower() in SIZES:
+            hub = hub_name(model.lower())
+            here = f"/data/{hub.partition('/')[2]}"
+            raise UserError(
+                f"model {model!r} names a published size, which `azr-jax plan` knows without weights; all else needs "
+                "the folder of a checkpoint (config.json, *.safetensors, tokenizer). Get it where there is room, here "
+                f"and on every other host, and give its path: `hf download {hub} --local-dir {here}`, model={here}",
+                exit_code=2,
+            )
         raise UserError(
             f"model {model!r}: no such folder; give `embedded` or the path of a Hugging Face folder "
-            "(config.json, *.safetensors, tokenizer)"
+            "(config.json, *.safetensors, tokenizer)",
+            exit_code=2,
         )
     return folder
 

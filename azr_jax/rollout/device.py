@@ -49,8 +49,7 @@ class Device:
         self.model, self.config, self.mesh, self.slots, self.dtype = model, config, mesh, slots, dtype
         self.shards = int(mesh.shape["data"])
         self._attend = partial(attend, kind=attention, mesh=mesh)
-        kind = "splash" if attention == "splash" else "xla"
-        self.kind = "working" if mesh.devices.flat[0].platform == "cpu" else kind
+        self.kind = sizing.cache_kind(attention, mesh.devices.flat[0].platform)
         self.buckets = sizing.prompt_buckets(config)
         self.widths = sizing.table_widths(config, self.kind)
         self._eos: Any = np.asarray(sorted(eos), np.int32)
@@ -89,11 +88,10 @@ class Device:
     def layout(self) -> Layout:
         """Of the cache; its size is settled when this is first asked for, by the memory that is free then."""
         if self._layout is None:
-            stored = "int8" if self.config.cache_dtype == "int8" else self.dtype
-            chunk = sizing.chunk(self.config, self.kind)
-            layout = Layout(self.shards, 0, self.config.page, stored, self.dtype, self.kind, chunk)
-            slots = self.slots // self.shards
-            pages = sizing.page_count(self.config, self.model, layout, self.mesh, slots)
+            layout = sizing.cache_layout(self.config, self.kind, self.shards, self.dtype)
+            free = 0.0 if self.config.cache_gb else sizing.free_bytes(self.mesh)
+            sizes = self.config, self.model, layout, self.mesh, self.slots // self.shards
+            pages = sizing.page_count(*sizes, sizing.cache_room(*sizes, free))
             self._layout = layout._replace(pages=pages)
         return self._layout
 
@@ -160,10 +158,10 @@ class Device:
         """The compiled program: prefill of a padded length, or decode of a table width. Compiled once."""
         key = kind, size, filtered
         if key not in self._programs:
-            self._programs[key] = self._lower(kind, size, filtered).compile()
+            self._programs[key] = self.lower(kind, size, filtered).compile()
         return self._programs[key]
 
-    def _lower(self, kind: str, size: int, filtered: bool) -> Any:
+    def lower(self, kind: str, size: int, filtered: bool = False) -> Any:
         """Trace a program for the shapes and places of its arguments; needs no weights, and no devices but the mesh."""
         weights = copy_shapes(self.model, self.mesh, self.dtype)
         cache = shapes(self.layout, self.model, self.mesh)

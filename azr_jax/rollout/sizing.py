@@ -19,6 +19,11 @@ DEVICE_SHARE = 0.8  # of what is free on an accelerator; the rest is for the pro
 HOST_SHARE = 0.25  # of a CPU machine's memory
 
 
+def slots(config: RolloutConfig, shards: int) -> int:
+    """Of a host: `rollout.slots`, rounded up to a multiple of the shards."""
+    return -(-config.slots // shards) * shards
+
+
 def prompt_buckets(config: RolloutConfig) -> list[int]:
     """Padded lengths of prompts, shortest first: multiples of the page."""
     parts = (2**i for i in range(PROMPT_BUCKETS))
@@ -29,6 +34,13 @@ def prefill_rows(config: RolloutConfig, bucket: int, slots: int, shards: int, pl
     """Prompts of a prefill padded to `bucket`, all shards together, on a platform as JAX calls it."""
     tokens = config.prefill_tokens or (PREFILL_TOKENS_CPU if platform == "cpu" else PREFILL_TOKENS)
     return shards * min(max(1, tokens // (bucket * shards)), slots // shards)
+
+
+def cache_kind(attention: str, platform: str) -> str:
+    """`Layout.kind` where the learner attends by `attention`, on a platform as JAX calls it."""
+    if platform == "cpu":
+        return "working"
+    return "splash" if attention == "splash" else "xla"
 
 
 def longest(config: RolloutConfig) -> int:
@@ -54,24 +66,51 @@ def table_widths(config: RolloutConfig, kind: str) -> list[int]:
     return widths
 
 
-def page_count(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: Mesh, slots: int) -> int:
-    """Pages of a shard with `slots` slots: what they could all fill, or what the memory of its devices holds.
+def cache_layout(config: RolloutConfig, kind: str, shards: int, dtype: str) -> Layout:
+    """Of a cache for weights of this dtype; it has no pages yet."""
+    stored = "int8" if config.cache_dtype == "int8" else dtype
+    return Layout(shards, 0, config.page, stored, dtype, kind, chunk(config, kind))
 
-    The memory is `rollout.cache_gb` for each device, or else what is free by now, less the working copies of a CPU.
+
+def page_bytes(model: ModelConfig, layout: Layout, mesh: Mesh) -> float:
+    """Of one page, on one device."""
+    split = mesh.shape["tensor"] if model.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    return layout.bytes_per_page(model) / split
+
+
+def working_bytes(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: Mesh, slots: int) -> float:
+    """On one device, of the working copies that a CPU makes of the pages of `slots` rows; 0 for another kind."""
+    if layout.kind != "working":
+        return 0.0
+    full = page_bytes(model, layout._replace(dtype=layout.compute_dtype), mesh)
+    return slots * table_widths(config, layout.kind)[-1] * full
+
+
+def cache_room(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: Mesh, slots: int, free: float) -> float:
+    """Bytes of one device for a cache of shards with `slots` slots.
+
+    `rollout.cache_gb`, or else what is free, less the working copies of a CPU.
+    """
+    if config.cache_gb:
+        return config.cache_gb * 2**30
+    return free - working_bytes(config, model, layout, mesh, slots)
+
+
+def least_pages(config: RolloutConfig) -> int:
+    """Of a shard: with fewer the longest sequence does not fit."""
+    return Scheduler.pages_for(longest(config), config.page)
+
+
+def page_count(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: Mesh, slots: int, room: float) -> int:
+    """Pages of a shard with `slots` slots: what they could all fill, or what `room` bytes of its devices each hold.
+
     UserError: it is not enough for one sequence.
     """
-    least = Scheduler.pages_for(longest(config), config.page)
+    least = least_pages(config)
     wanted = slots * -(-longest(config) // config.page) + least
-    split = mesh.shape["tensor"] if model.num_kv_heads % mesh.shape["tensor"] == 0 else 1
-    each = layout.bytes_per_page(model) / split  # on one device
-    room = config.cache_gb * 2**30 if config.cache_gb else _free_bytes(mesh)
-    copies = 0.0
-    if layout.kind == "working" and not config.cache_gb:
-        full = layout._replace(dtype=layout.compute_dtype).bytes_per_page(model) / split
-        copies = slots * table_widths(config, layout.kind)[-1] * full
-        room -= copies
-    held = int(room / each)
+    held = int(room / page_bytes(model, layout, mesh))
     if held < least:
+        copies = 0.0 if config.cache_gb else working_bytes(config, model, layout, mesh, slots)
         raise UserError(
             f"the KV cache gets {max(0, room) / 2**30:.2f} GiB a device"
             + (f", besides {copies / 2**30:.2f} GiB of working copies for {slots} rollout.slots" if copies else "")
@@ -82,7 +121,7 @@ def page_count(config: RolloutConfig, model: ModelConfig, layout: Layout, mesh: 
     return min(wanted, held)
 
 
-def _free_bytes(mesh: Mesh) -> float:
+def free_bytes(mesh: Mesh) -> float:
     """What the cache may take of one device's memory."""
     stats = [device.memory_stats() or {} for device in mesh.devices.flat]
     if all("bytes_limit" in each for each in stats):

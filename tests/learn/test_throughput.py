@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from azr_jax.chips import chip_of
 from azr_jax.learn.packing import Trajectory, pack
-from azr_jax.learn.throughput import flops_a_token, peak_flops, throughput
+from azr_jax.learn.throughput import flops_a_token, throughput
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.sizes import published_size
 from azr_jax.telemetry.metrics import unknown_names
@@ -38,7 +39,16 @@ def test_throughput_counts_tokens_and_not_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("TPU v6 lite", 918e12)]
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+    ],
 )
-def test_peaks_by_name(kind: str, peak: float) -> None:
-    assert peak_flops(kind) == peak
+def test_a_chip_by_jaxs_name_for_it(kind: str, name: str) -> None:
+    chip = chip_of(kind)
+    assert chip is not None and chip.name == name and chip.usable < chip.hbm * 1.001

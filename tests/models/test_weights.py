@@ -332,3 +332,18 @@ def test_model_folder_must_exist(tmp_path):
     assert model_folder(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match="no such folder"):
         model_folder(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("model", "repository"),
+    [
+        ("Qwen2.5-Coder-7B", "Qwen/Qwen2.5-Coder-7B"),
+        ("qwen3-4b", "Qwen/Qwen3-4B"),
+        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B"),
+        ("gemma-3-1b", "google/gemma-3-1b-pt"),
+    ],
+)
+def test_the_name_of_a_size_is_no_folder_and_it_is_said_how_to_get_one(model, repository):
+    folder = f"/data/{repository.partition('/')[2]}"
+    with pytest.raises(UserError, match=f"`hf download {repository} --local-dir {folder}`, model={folder}"):
+        model_folder(model)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from azr_jax.attempts import Attempt
 from azr_jax.config import Config, LearnConfig, MeshConfig, RolloutConfig
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.learn.packing import Trajectory, pack
@@ -19,7 +20,6 @@ from azr_jax.models.tokenizer import Tokenizer, load_tokenizer
 from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Completion, Request, request_key
 from azr_jax.rollout.scheduler import Scheduler
-from azr_jax.selfplay import Attempt
 from azr_jax.tasks.full import FullFormat
 from azr_jax.tasks.kinds import Kind, Role
 from tests.models import tokenizer_folders as made

@@ -1,0 +1,110 @@
+"""Every config for a TPU slice, cut small, through the TPU compiler: its heads, mesh, kernels, pages and slots compile.
+
+What is cut, so that all of them take a minute or two: depth (two layers for a prefill, which leaves most of the last
+one out, one for decoding, three for an update, which loops over them), hidden and feed-forward width, vocabulary;
+prompts, responses and rows to a few hundred tokens. The update, which takes the most, is compiled for two configs.
+Whole ones take hours: `make plan-all`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from azr_jax import plan_compile
+from azr_jax.config_loader import load_config
+from azr_jax.plan import make_plan, shape_of
+from azr_jax.plan_estimate import PROGRAMS, Setup
+from benchmarks.plan_all import CONFIGS as FOLDER
+from benchmarks.plan_all import planned_configs
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed; `pip install azr_jax[tpu]` brings it",
+)
+
+TARGETS = {name: target for name, target in planned_configs() if target.chip.platform == "tpu"}
+LAYERS = 3  # of an update: a number that no other dimension has
+NARROW = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512}
+SHORT = ["rollout.max_prompt=256", "rollout.max_response=256", "rollout.prefill_tokens=256", "learn.row_tokens=512"]
+#: Four hosts and one; biases and untied logits, norms of queries and keys and tied logits.
+WITH_UPDATE = ("qwen2.5-7b_v5e-16", "qwen3-4b_v6e-4")
+
+
+def twins() -> dict[str, list[str]]:
+    """Configs that differ in their weights alone, a base model's and its Coder's; by the first of them."""
+    found = defaultdict(list)
+    for name in TARGETS:
+        found[name.replace("-coder", "")].append(name)
+    return {names[0]: names for names in found.values()}
+
+
+def small(name: str, layers: int) -> Setup:
+    config = load_config(FOLDER / f"{name}.yaml", SHORT)
+    model = shape_of(config.model)
+    cut = replace(model, **NARROW, num_layers=layers, sliding_layers=model.sliding_layers[:layers])
+    return Setup(config, cut, TARGETS[name])
+
+
+@pytest.fixture(autouse=True)
+def kept_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is read from or left in the user's folder."""
+    monkeypatch.setenv(plan_compile.CACHE_VARIABLE, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", twins())
+def test_a_config_compiles_for_its_slice(name):
+    for program in ("prefill", "decode"):
+        setup = small(name, 2 if program == "prefill" else 1)
+        found = plan_compile.compiled(setup, program)
+        expected = setup.bytes_of(program)
+        if program == "prefill":  # of the last of two layers it takes what makes keys and values
+            assert expected.argument / 2 < found["argument_bytes"] < 1.05 * expected.argument
+        else:
+            assert found["argument_bytes"] == pytest.approx(expected.argument, rel=0.05)
+        assert found["alias_bytes"] == pytest.approx(expected.alias, rel=0.05)  # the cache is written in place
+        assert found["collectives"] is None or (setup.host_mesh.shape["tensor"] > 1) == bool(found["collectives"])
+    for twin in twins()[name]:  # whose programs are the same, so that a plan finds them compiled
+        keys = [plan_compile._key(small(each, 1), program) for program in PROGRAMS for each in (name, twin)]
+        assert len(set(keys)) == len(PROGRAMS)
+
+
+@pytest.mark.parametrize("name", WITH_UPDATE)
+def test_an_update_compiles_for_its_slice(name):
+    setup = small(name, LAYERS)
+    done = plan_compile.lower(setup, "update").compile()
+    memory, expected = done.memory_analysis(), setup.bytes_of("update")
+    assert memory.argument_size_in_bytes == pytest.approx(expected.argument, rel=0.05)
+    assert memory.alias_size_in_bytes == pytest.approx(expected.alias, rel=0.05)  # the state is given up
+    try:
+        text = done.as_text()
+    except jax.errors.JaxRuntimeError:  # a libtpu newer than jaxlib writes instructions that jaxlib cannot print
+        return
+    gathers = re.findall(r" = (.*?) all-gather(?:-start)?\(", text)
+    sizes = [int(first) for types in gathers for first in re.findall(r"(?:bf16|f32)\[(\d+),", types)]
+    assert 1 in sizes and LAYERS not in sizes  # weights are gathered, and never those of all layers at once
+
+
+def test_a_plan_for_a_slice(monkeypatch):
+    """What comes out of the command, for programs that fit and one that the compiler finds too large."""
+    name = "qwen2.5-7b_v5e-16"
+    setup = small(name, 1)
+    monkeypatch.setattr("azr_jax.plan.shape_of", lambda _: setup.model)
+    sizes = {"argument_bytes": 2**30, "temp_bytes": 2**20, "output_bytes": 2**30, "alias_bytes": 2**30}
+    rest = {"collectives": {"all-gather": 7}, "compile_seconds": 3.5, "cached": False}
+    monkeypatch.setattr("azr_jax.plan_compile.compiled", lambda setup, program: sizes | rest)
+    record = make_plan(setup.config, setup.target)
+    assert record["fits"] and record["attention"] == "splash" and record["learner_mesh"]["fsdp"] == 4
+    for program in PROGRAMS:
+        held = 0 if program == "update" else record["learner_resident_bytes"]
+        assert record[program]["compiled"] and record[program]["peak_bytes"] == 2**30 + 2**20 + held
+    needed = 20.5 * 2**30
+    monkeypatch.setattr("azr_jax.plan_compile.compiled", lambda setup, program: rest | {"needed_bytes": needed})
+    record = make_plan(setup.config, setup.target)
+    assert not record["fits"] and record["update"]["peak_bytes"] == needed
