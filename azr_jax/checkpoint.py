@@ -1,15 +1,16 @@
 """The whole training state as one atomic step on disk (Orbax), restored exactly or not at all.
 
 A checkpoint is one folder, `step_000012`, holding two items: `state`, the arrays, written sharded by every host, and
-`extra`, one JSON object with everything else (step, buffers, counters). Orbax writes into a temporary folder and
-renames it when all hosts are done, so a kill at any moment leaves the previous checkpoint as it was.
+`extra`, one JSON object with everything else (step, buffers, counters). `save` copies the arrays to host memory and
+returns; a thread writes them into a temporary folder, which is renamed when all hosts are done. So training goes on
+meanwhile, and a kill at any moment leaves the checkpoint before as it was.
 
 The rename cannot protect against a disk that loses or flips bytes afterwards, and Orbax reads some of such damage back
 as numbers without complaint. So `extra` also carries a fingerprint of every array, computed on the devices (an exact
 integer sum, hence the same on any mesh) and checked on restore. What fails a check is skipped for an older checkpoint.
 
-What this does not do: asynchronous saves (one save must not overlap the next update of an exactly resumable run), and
-choosing when to save (the loop's business, with `azr_jax.signals` for preemption).
+What this does not do: choosing when to save (the loop's business, with `azr_jax.signals` for preemption), and writing
+two checkpoints at once: a save waits for the one before.
 """
 
 from __future__ import annotations
@@ -21,25 +22,28 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
+from azr_jax import bucket
+from azr_jax.dist.hosts import Hosts
 from azr_jax.errors import UserError
+from azr_jax.fingerprints import describe, fingerprints
+from azr_jax.shelf import shelf, step_name
 
 logger = logging.getLogger(__name__)
 
 State = TypeVar("State")  # a pytree of jax arrays
 
-STEP_NAME = re.compile(r"step_(\d{6,})")
-LEFTOVER_NAME = re.compile(r"step_\d{6,}(\.orbax-checkpoint-tmp.*|\.removed)")
+PATIENCE_SECONDS = 3600  # with the other hosts' part of a save; a slow bucket takes minutes
 #: Errors of the storage, not of the program, in the words of the operating system.
 STORAGE_TROUBLE = {
     errno.ENOSPC: "no space left on device",
@@ -52,73 +56,124 @@ STORAGE_TROUBLE = {
     errno.EEXIST: "a file is in the way",
     errno.EIO: "input/output error",
 }
+#: What the best checkpoint is best at: sampled pass@1 on the fixed held-out set, all kinds together.
+BEST_BY = "eval/sampled/pooled"
+
+
+def best_steps(scores: Mapping[int, float], saved: Collection[int], count: int) -> list[int]:
+    """The `count` of the steps in `saved` with the highest scores ({step: BEST_BY}), best first.
+
+    Of equals the earlier one: what came after it made no difference there and may have elsewhere.
+    """
+    known = [step for step in saved if step in scores]
+    return sorted(known, key=lambda step: (-scores[step], step))[:count]
 
 
 class Checkpointer:
-    """Saves and restores checkpoints in one folder; keeps the newest `keep` of them.
+    """Saves and restores checkpoints in one folder; keeps the newest `keep` of them, and those said to be the best.
 
-    With several hosts every method must be called by every host, and the folder must be one they all share.
+    A context manager: leaving it waits for a save under way. With several hosts every method must be called by every
+    host, and the folder must be one they all share.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """folder: made on the first save. keep: >= 1."""
+    def __init__(self, folder: Path | str, keep: int, hosts: Hosts | None = None) -> None:
+        """folder: local, or gs://bucket/folder; made on the first save. keep: >= 1. hosts: None: this one alone."""
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}, must be at least 1", exit_code=2)
-        self.folder = Path(folder).absolute()  # Orbax wants absolute paths
-        self.keep = keep
-        self._orbax = ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), extra=ocp.JsonCheckpointHandler())
+        self.keep, self._hosts = keep, hosts or Hosts()
+        self._shelf = shelf(folder)
+        self.folder = self._shelf.folder
+        # Only reads. An AsyncCheckpointer would then wait for all hosts, also for one that cannot read its part.
+        self._reader = ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(), extra=ocp.JsonCheckpointHandler()
         )
+        self._orbax = ocp.AsyncCheckpointer(
+            self._reader,
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False, timeout_secs=PATIENCE_SECONDS
+            ),
+        )
+        self._under_way: int | None = None  # step of the save that was not waited for yet
+        self._best: frozenset[int] = frozenset()
+        self._silence = contextlib.ExitStack()  # what Orbax would say in its thread
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):  # not Ctrl-C: that is in a hurry
+            with contextlib.suppress(UserError):  # there is a first error to tell of
+                self.wait()
 
     def steps(self) -> list[int]:
         """Steps of all complete-looking checkpoints, ascending. They may still turn out to be damaged."""
-        if not self.folder.is_dir():
-            return []
-        matches = (STEP_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
-        return sorted(int(match.group(1)) for match in matches if match)
+        with self._storage("read"):
+            return self._shelf.steps()
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, or None. `restore` may have to settle for an older one."""
         steps = self.steps()
         return steps[-1] if steps else None
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> Path | epath.Path:
         """Folder of one checkpoint."""
-        return self.folder / f"step_{step:06d}"
+        return self.folder / step_name(step)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Writes one checkpoint and returns when it is complete; then drops those beyond `keep`.
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], best: Collection[int] = ()) -> None:
+        """Begins to write one checkpoint; `wait`, or the next `save`, says whether it worked.
 
-        state: pytree of jax arrays, any shardings (random keys as `jax.random.key_data`). extra: JSON-able.
-        A checkpoint of the same step is replaced, and later ones, which only a resume that found them damaged can leave
-        behind, are removed.
+        state: pytree of jax arrays, any shardings (random keys as `jax.random.key_data`), copied before this returns:
+        it may be donated at once. Host memory has to hold that copy. extra: JSON-able. best: steps to keep whatever
+        their age. A checkpoint of the same step is replaced, and later ones, which only a resume that found them
+        damaged can leave behind, are removed.
 
-        Raises: UserError if the disk is full or not writable (earlier checkpoints stay), TypeError if `extra` cannot be
-        written as JSON.
+        Raises: UserError if the disk is full or not writable, now or in the save before (earlier checkpoints stay),
+        TypeError if `extra` cannot be written as JSON.
         """
+        self.wait()
         text = json.dumps(extra)
-        record = {"extra": json.loads(text), "sha256": _sha256(text), "leaves": _describe(state, _fingerprints(state))}
-        try:
+        self._under_way, self._best = step, frozenset(best)
+        record = {"extra": json.loads(text), "sha256": _sha256(text), "leaves": describe(state, fingerprints(state))}
+        items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(record)}
+        with self._storage():
             if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_leftovers()
-            items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(record)}
+                self._shelf.tidy()
+                if self._shelf.has(step):  # a resume found it damaged
+                    self._shelf.remove(step)
+            self._silence.enter_context(_quiet_threads())
             with _quiet_orbax():
-                self._orbax.save(self.path(step), args=ocp.args.Composite(**items), force=True)
+                self._orbax.save(self.path(step), args=ocp.args.Composite(**items))
+
+    def wait(self) -> None:
+        """Returns when the last `save` is complete, and those beyond `keep` are removed. UserError as there."""
+        step = self._under_way
+        if step is None:
+            return
+        with self._storage():
+            self._orbax.wait_until_finished()
+            self._under_way = None
             if jax.process_index() == 0:
                 self._prune(step)
-        except Exception as error:
-            cause = _storage_trouble(error)
-            if cause is None:
-                raise
-            with contextlib.suppress(OSError):
-                self._remove_leftovers()
-            older = self.latest()
-            kept = f"the checkpoint of step {older} is untouched" if older is not None else "no checkpoint exists yet"
-            raise UserError(
-                f"cannot write a checkpoint to {self.folder}: {cause}. Free space or fix its permissions, then start "
-                f"the same command again; {kept}."
-            ) from error
+        self._silence.close()  # after a failure its threads go on complaining
+
+    def poll(self) -> None:
+        """As `wait` if the last save is complete or failed; else nothing."""
+        with self._storage():
+            self._orbax.check_for_errors()
+        if not self.saving:
+            self.wait()
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        try:
+            return self._under_way is not None and not self._shelf.has(self._under_way)
+        except (OSError, ValueError):  # whoever waits for it will hear of it
+            return False
 
     def restore(self, abstract_state: State) -> tuple[int, State, dict[str, Any]] | None:
         """The newest checkpoint that can be read: (step, state, extra), or None if there is none at all.
@@ -131,6 +186,12 @@ class Checkpointer:
         Raises: UserError if the state is of another shape than `abstract_state`, or if no checkpoint can be read.
         """
         steps = self.steps()
+        for host, seen in enumerate(self._hosts.tell("the checkpoints", json.dumps(steps))):
+            if json.loads(seen) != steps:
+                raise UserError(
+                    f"host {host} sees checkpoints of other steps in {self.folder} ({seen}) than host "
+                    f"{self._hosts.index} ({steps}); it must be on storage that all hosts share"
+                )
         for step in reversed(steps):
             with _quiet_orbax():
                 try:
@@ -161,14 +222,14 @@ class Checkpointer:
         try:
             with _quiet_orbax():
                 saved = {_keys(name): leaf for name, leaf in self._read_record(step)["leaves"].items()}
-                wanted = {_keys(name): name for name in _describe(part)}
+                wanted = {_keys(name): name for name in describe(part)}
                 self._check_fits(step, {name: saved[keys] for keys, name in wanted.items() if keys in saved}, part)
                 how = ocp.args.PyTreeRestore(
                     item=part, restore_args=ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True
                 )
                 found = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(self.path(step) / "state", args=how)
                 damaged = [
-                    name for name, leaf in _describe(found, _fingerprints(found)).items() if saved[_keys(name)] != leaf
+                    name for name, leaf in describe(found, fingerprints(found)).items() if saved[_keys(name)] != leaf
                 ]
                 if damaged:
                     raise ValueError(f"the content of {damaged[0]} is not what was saved")
@@ -181,12 +242,18 @@ class Checkpointer:
             raise UserError(f"checkpoint {self.path(step)} is damaged{rest}: {_first_line(error)}") from error
 
     def _read(self, step: int, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        record = self._read_record(step)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
-        self._check_fits(step, record["leaves"], target)
-        item = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        state = self._orbax.restore(self.path(step), args=item)["state"]
-        found = _describe(state, _fingerprints(state))
+        trouble: Exception | None = None
+        try:
+            record = self._read_record(step)
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
+            self._check_fits(step, record["leaves"], target)
+            item = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            state = self._reader.restore(self.path(step), args=item)["state"]
+        except Exception as error:
+            trouble = error
+        if self._hosts.agree(f"reading the checkpoint of step {step}", trouble is not None):
+            raise trouble or ValueError("another host cannot")
+        found = describe(state, fingerprints(state))
         damaged = [name for name, leaf in record["leaves"].items() if found.get(name) != leaf]
         if damaged:
             raise ValueError(f"the content of {damaged[0]} is not what was saved")
@@ -194,7 +261,7 @@ class Checkpointer:
 
     def _read_record(self, step: int) -> dict[str, Any]:
         item = ocp.args.Composite(extra=ocp.args.JsonRestore())
-        record = self._orbax.restore(self.path(step), args=item)["extra"]
+        record = self._reader.restore(self.path(step), args=item)["extra"]
         if not isinstance(record, dict) or not {"extra", "sha256", "leaves"} <= record.keys():
             raise ValueError("its JSON part is incomplete")
         if _sha256(json.dumps(record["extra"])) != record["sha256"]:
@@ -203,7 +270,7 @@ class Checkpointer:
 
     def _check_fits(self, step: int, saved: Mapping[str, Any], target: Any) -> None:
         """A checkpoint of another model is no damage: say so instead of skipping to an older one."""
-        wanted = _describe(target)
+        wanted = describe(target)
         for name in sorted(saved.keys() | wanted.keys()):
             here, there = (leaves[name][:2] if name in leaves else None for leaves in (wanted, saved))
             if here != there:
@@ -212,92 +279,68 @@ class Checkpointer:
                     f"there and {_shape_text(here)} here. Use the configuration it was made with, or another run_dir."
                 )
 
+    @contextlib.contextmanager
+    def _storage(self, doing: str = "write") -> Iterator[None]:
+        """Turns trouble with the disk into one clear line, and clears away what is half-written.
+
+        Threads of Orbax may still be writing there; what they leave goes with the next save.
+        """
+        try:
+            yield
+        except Exception as error:
+            cause = _storage_trouble(error)
+            if cause is None:
+                raise
+            if doing == "read":
+                raise UserError(f"cannot read checkpoints in {self.folder}: {cause}") from error
+            self._under_way = None
+            older = None
+            with contextlib.suppress(OSError, ValueError, UserError):
+                if jax.process_index() == 0:
+                    self._shelf.tidy()
+                older = self.latest()
+            kept = f"the checkpoint of step {older} is untouched" if older is not None else "no checkpoint exists yet"
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder}: {cause}. Free space or fix its permissions, then start "
+                f"the same command again; {kept}."
+            ) from error
+
     def _prune(self, saved: int) -> None:
-        """The step just saved is the newest by definition; keeps it and the `keep` - 1 before it."""
+        """The step just saved is the newest by definition; keeps it, the `keep` - 1 before it, and the best."""
         steps = self.steps()
         before = [step for step in steps if step < saved]
         excess = before[: max(0, len(before) - (self.keep - 1))] + [step for step in steps if step > saved]
         for step in excess:
-            doomed = self.path(step).with_name(self.path(step).name + ".removed")
-            self.path(step).rename(doomed)  # first out of sight: a kill while deleting leaves no half checkpoint
-            shutil.rmtree(doomed)
-
-    def _remove_leftovers(self) -> None:
-        """What a kill in the middle of a save or of a removal left behind."""
-        for entry in self.folder.iterdir():
-            if LEFTOVER_NAME.fullmatch(entry.name):
-                shutil.rmtree(entry, ignore_errors=True)
-
-
-@jax.jit
-def _leaf_sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    """One uint32 an array: the sum of its bit patterns, each times an odd number of its position, modulo 2^32.
-
-    Integer addition is associative, so the result does not depend on how the array is laid out over devices; an odd
-    factor makes every changed element, and nearly every exchange of two, change the sum.
-    """
-    sums = []
-    for leaf in leaves:
-        if leaf.dtype == jnp.bool_:
-            leaf = leaf.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
-        position = jnp.zeros(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):
-            position = position * jnp.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        # Spread positions over the word, or exchanging neighbours would shift the sum by a small multiple only.
-        factor = (position * jnp.uint32(2654435761)) << 1 | jnp.uint32(1)  # Knuth's multiplicative hash
-        sums.append(jnp.sum(bits * factor, dtype=jnp.uint32))
-    return sums
-
-
-def _fingerprints(state: Any) -> list[int]:
-    """Of every leaf, in tree order. Leaves on different sets of devices cannot share one compiled program.
-
-    What lies in host memory (offloaded moments) visits the devices one array after the other.
-    """
-    leaves = jax.tree.leaves(state)
-    groups: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        away = leaf.sharding.memory_kind == "pinned_host"
-        groups.setdefault(index if away else frozenset(leaf.sharding.device_set), []).append(index)
-    sums = [0] * len(leaves)
-    for key, indices in groups.items():
-        group = [leaves[index] for index in indices]
-        if isinstance(key, int):
-            group = [jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) for leaf in group]
-        values = jax.device_get(_leaf_sums(group))
-        for index, value in zip(indices, values, strict=True):
-            sums[index] = int(value)
-    return sums
-
-
-def _describe(state: Any, fingerprints: list[int] | None = None) -> dict[str, list[Any]]:
-    """{name of the leaf: [shape, dtype, fingerprint]}, as it looks after a trip through JSON."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    marks: list[int | None] = list(fingerprints) if fingerprints is not None else [None] * len(paths)
-    return {
-        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype), mark]
-        for (path, leaf), mark in zip(paths, marks, strict=True)
-    }
+            if step not in self._best:
+                self._shelf.remove(step)
 
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Orbax raises, but also logs a page of traceback for every read or write that failed; users get our one line."""
+    with _quiet_threads(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """The part of it that can hold for as long as a save takes."""
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
     previous_hook = sys.unraisablehook
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    were_disabled = [one.disabled for one in loggers]
     sys.unraisablehook = lambda report: logger.debug("while handling a checkpoint: %r", report.exc_value)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for one in loggers:
-        one.disabled = True
+        one.addFilter(drop)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            yield
+        yield
     finally:
         sys.unraisablehook = previous_hook
-        for one, was_disabled in zip(loggers, were_disabled, strict=True):
-            one.disabled = was_disabled
+        for one in loggers:
+            one.removeFilter(drop)
 
 
 def _keys(name: str) -> tuple[str, ...]:
@@ -324,6 +367,8 @@ def _storage_trouble(error: BaseException | None) -> str | None:
     TensorStore reports the operating system's error as text in a ValueError, Orbax chains others.
     """
     while error is not None:
+        if (cause := bucket.trouble(error)) is not None:
+            return cause
         if isinstance(error, OSError) and error.errno is not None:
             return STORAGE_TROUBLE.get(error.errno, str(error))
         for text in STORAGE_TROUBLE.values():

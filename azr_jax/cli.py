@@ -87,7 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--allow-config-change", action="store_true", help="resume although the config differs from the run folder's"
     )
-    _add_config(command("seed", _seed, "print only the seed buffers, one JSON task a line"))
+    _add_hosts(sub)
+    sub = command("seed", _seed, "print only the seed buffers, one JSON task a line")
+    _add_config(sub)
+    _add_hosts(sub)
 
     sub = command("check", _check, "run, validate and judge programs: JSON requests in, verdicts out, one a line")
     sub.add_argument("file", metavar="FILE", help="JSON lines, or - for stdin, answered as they come")
@@ -124,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "weights of a run, a checkpoint or a Hugging Face folder as a Hugging Face folder")
     sub.add_argument("source", metavar="SOURCE", help="run folder, checkpoint in it, Hugging Face folder, or embedded")
     sub.add_argument("--out", metavar="DIR", required=True, help="folder to write; must be new or empty")
-    sub.add_argument("--step", type=_natural, help="of a run's checkpoints (default: the newest)")
+    sub.add_argument("--step", type=_step, help="of a run's checkpoints, or best (default: the newest)")
     dtypes = ["as-loaded", "bfloat16", "float32"]
     loaded = "as-loaded keeps the types of the model that the run started with"
     sub.add_argument("--dtype", choices=dtypes, default=dtypes[0], help=f"{loaded} (default)")
@@ -169,6 +172,13 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "a.b=c")
 
 
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several hosts", "found by themselves under SLURM and on TPU slices")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of host 0, with a port that is free there")
+    group.add_argument("--hosts", metavar="N", type=_count, help="how many there are")
+    group.add_argument("--host", metavar="I", type=_natural, help="which of them this is, from 0")
+
+
 def _add_overrides(parser: argparse.ArgumentParser, metavar: str) -> None:
     parser.add_argument(
         "overrides", metavar=metavar, nargs="*", default=[], help="configuration keys to set, the last one wins"
@@ -198,6 +208,10 @@ def _natural(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
     return number
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else _natural(text)
 
 
 def _count(text: str) -> int:
@@ -264,18 +278,25 @@ def _train(args: argparse.Namespace) -> int:
     from azr_jax.config_loader import load_config
 
     config = load_config(args.config, args.overrides)  # before JAX loads: a mistake is reported at once
-    from azr_jax.train import train
+    from azr_jax.signals import GracefulStop
 
-    return train(config, args.config, allow_config_change=args.allow_config_change)
+    with GracefulStop() as stop:
+        from azr_jax.dist.join import join
+        from azr_jax.train import train
+
+        with join(args.coordinator, args.hosts, args.host) as hosts:
+            return train(config, args.config, stop, allow_config_change=args.allow_config_change, hosts=hosts)
 
 
 def _seed(args: argparse.Namespace) -> int:
     from azr_jax.config_loader import load_config
 
     config = load_config(args.config, args.overrides)
+    from azr_jax.dist.join import join
     from azr_jax.train import seed
 
-    return seed(config, sys.stdout)
+    with join(args.coordinator, args.hosts, args.host) as hosts:
+        return seed(config, sys.stdout, hosts)
 
 
 def _check(args: argparse.Namespace) -> int:

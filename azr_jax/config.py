@@ -108,6 +108,7 @@ class CheckpointConfig:
 
     every: int = 10  #: steps between saves
     keep: int = 3  #: newest checkpoints kept
+    keep_best: int = 1  #: checkpoints kept besides: those with the best eval/sampled/pooled, where eval.every is set
 
 
 Control = Literal["none", "no_updates", "random_rewards", "frozen_proposer", "constant_learnability"]

@@ -54,6 +54,7 @@ AT_LEAST = {
     "eval.final_per_kind": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
 }
 #: Interval of every float key: its brackets, lowest and highest value.
 INTERVALS = {

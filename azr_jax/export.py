@@ -28,13 +28,15 @@ import numpy as np
 import yaml
 from jax.sharding import SingleDeviceSharding
 
-from azr_jax.checkpoint import STEP_NAME, Checkpointer
+from azr_jax.checkpoint import BEST_BY, Checkpointer, best_steps
 from azr_jax.errors import UserError
 from azr_jax.models.config import ARCHITECTURES, ModelConfig
 from azr_jax.models.families import weight_table
 from azr_jax.models.shards import DTYPES, Stored
 from azr_jax.models.transformer import Spec, param_specs
 from azr_jax.models.weights import Piece, model_folder, pieces_of, stored_weights, write_weights
+from azr_jax.shelf import STEP_NAME
+from azr_jax.telemetry.run_folder import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +86,12 @@ def export_command(args: Namespace) -> int:
     return 0
 
 
-def export(source: str, out: Path, dtype: str, max_bytes: int, step: int | None = None) -> dict[str, Any]:
+def export(source: str, out: Path, dtype: str, max_bytes: int, step: int | str | None = None) -> dict[str, Any]:
     """Write `out`; returns what `--json` prints.
 
     source: a run folder, a checkpoint in it, a Hugging Face folder or `embedded`. dtype: "as-loaded" (of every tensor
-    the type it has in the Hugging Face folder), "bfloat16" or "float32". step: of a run; None is the newest.
+    the type it has in the Hugging Face folder), "bfloat16" or "float32". step: of a run; None is the newest, "best" the
+    one with the highest BEST_BY among those that were evaluated.
     UserError: nothing to export, `out` is in the way, too little space, a damaged source.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -129,7 +132,7 @@ def export(source: str, out: Path, dtype: str, max_bytes: int, step: int | None 
     }
 
 
-def find_source(source: str, step: int | None) -> Source:
+def find_source(source: str, step: int | str | None) -> Source:
     """What `source` names. UserError if it is nothing to export, or the run's model folder is gone."""
     path = Path(source).expanduser()
     if source == "embedded" or (path / "config.json").exists():
@@ -141,7 +144,8 @@ def find_source(source: str, step: int | None) -> Source:
     if not (run / "config.yaml").is_file():
         raise UserError(
             f"{source}: neither a run folder (config.yaml), a checkpoint in one (checkpoints/step_000010) nor a "
-            "Hugging Face folder (config.json)"
+            "Hugging Face folder (config.json)",
+            exit_code=2,
         )
     if named and step not in (None, int(named.group(1))):
         raise UserError(f"--step {step}: {source} is the checkpoint of step {int(named.group(1))}", exit_code=2)
@@ -149,6 +153,12 @@ def find_source(source: str, step: int | None) -> Source:
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"{run} holds no checkpoint yet")
+    if step == "best":
+        rows = read_rows(run / "metrics.jsonl")
+        best = best_steps({row["step"]: row[BEST_BY] for row in rows if row.get(BEST_BY) is not None}, steps, 1)
+        if not best:
+            raise UserError(f"--step best: no checkpoint of {run} was evaluated ({BEST_BY}; see eval.every)")
+        step = best[0]
     chosen = int(named.group(1)) if named else steps[-1] if step is None else step
     if chosen not in steps:
         raise UserError(f"{run} holds no checkpoint of step {chosen}; it has {', '.join(map(str, steps))}")

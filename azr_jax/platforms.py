@@ -11,12 +11,17 @@ import os
 from pathlib import Path
 
 GOOGLE = "0x1ae0"  # PCI vendor of TPU chips
+PCI = Path("/sys/bus/pci/devices")
 
 
-def skip_absent_tpu(devices: Path = Path("/sys/bus/pci/devices"), nvidia: Path = Path("/dev/nvidiactl")) -> None:
+def skip_absent_tpu(devices: Path = PCI, nvidia: Path = Path("/dev/nvidiactl")) -> None:
     """Set JAX_PLATFORMS=cpu where libtpu is installed and neither a TPU nor an NVIDIA GPU is there."""
     if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None or nvidia.exists():
         return
-    vendors = {file.read_text().strip() for file in devices.glob("*/vendor")}
-    if GOOGLE not in vendors:
+    if not has_tpu(devices):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def has_tpu(devices: Path = PCI) -> bool:
+    """Whether this machine has TPU chips of its own."""
+    return any(file.read_text().strip() == GOOGLE for file in devices.glob("*/vendor"))

@@ -32,7 +32,7 @@ from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Filters, Request, request_key
-from azr_jax.selfplay import answer_check
+from azr_jax.round import answer_check
 from azr_jax.tasks.buffers import seed_task
 from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import Kind, Role, Task
@@ -242,7 +242,7 @@ def sample_command(args: Namespace) -> int:
     """`azr-jax sample`; returns the exit code. `args` are those of the command line (cli.py)."""
     filters = Filters(args.top_k, args.top_p, args.min_p, args.repetition, args.presence, args.frequency)
     if args.prompt is None and args.samples != 1:
-        raise UserError("--samples belongs to --prompt; a session answers one task at a time")
+        raise UserError("--samples belongs to --prompt; a session answers one task at a time", exit_code=2)
     model = Model(args.model, args.temperature, args.seed, filters, args.samples)
     if args.prompt is not None:
         for record in model.complete(args.prompt, samples=args.samples):
@@ -255,15 +255,21 @@ def sample_command(args: Namespace) -> int:
     with ExecutorPool(ExecutorConfig(workers=1)) as pool:
         session = Session(model, pool, console, Kind(args.kind), n_inputs)
         console.note(f"{role.value}, {args.kind}. Ctrl-D ends.\n")
+        heard = False  # of any task
         while True:
             try:
                 record = session.solve() if role is Role.SOLVE else session.propose()
             except EOFError:
                 console.note("\n")
+                if not heard and not console.terminal:
+                    ask = "run the command in a terminal to see what it asks for"
+                    raise UserError(f"standard input held no whole task; {ask}", exit_code=2) from None
                 return 0
             except (Refused, UserError) as error:
+                heard = True
                 log.error("%s", error)
                 continue
+            heard = True
             record = {"role": role.value, "kind": args.kind} | record
             write(json.dumps(record) if args.json else readable(record))
 

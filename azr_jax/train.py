@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, TextIO
@@ -16,13 +17,14 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from azr_jax.attempts import Attempt, Step
-from azr_jax.checkpoint import Checkpointer
+from azr_jax.attempts import Step
+from azr_jax.checkpoint import BEST_BY, Checkpointer, best_steps
 from azr_jax.config import PRESETS, Config
 from azr_jax.config_loader import config_to_yaml
+from azr_jax.dist.hosts import Hosts, facts
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.errors import UserError
-from azr_jax.evals.heldout import evaluate
+from azr_jax.evals.heldout import Outcome, evaluate
 from azr_jax.evals.schedule import Evaluate, FixedEvaluation, fresh_comparison, to_json
 from azr_jax.executor import ExecutorPool
 from azr_jax.learn.prepare import prepare
@@ -37,18 +39,19 @@ from azr_jax.models.tokenizer import load_tokenizer
 from azr_jax.models.transformer import Params
 from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import load_weights, model_folder
+from azr_jax.records import write_rows
 from azr_jax.rollout.engine import Engine
 from azr_jax.selfplay import SelfPlay
 from azr_jax.signals import GracefulStop
 from azr_jax.stream import Stopped
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.compact import CompactFormat
-from azr_jax.tasks.kinds import GROUPS, KINDS, Role
+from azr_jax.tasks.kinds import GROUPS, KINDS, Role, Task
 from azr_jax.telemetry import oversight
 from azr_jax.telemetry.process import CompileCounter, resident_mb
 from azr_jax.telemetry.progress import LEGEND, Progress, before_after_table, comparisons
 from azr_jax.telemetry.report import write_report
-from azr_jax.telemetry.run_folder import RunFolder
+from azr_jax.telemetry.run_folder import Onlooker, RunFolder
 from azr_jax.telemetry.step_metrics import engine_metrics, step_metrics
 from azr_jax.telemetry.wandb_sink import WandbSink
 from azr_jax.templates import choose_template, make_prompts
@@ -61,8 +64,15 @@ MOST_SKIPS = 10  # updates in a row with a gradient that is not finite, after wh
 class Run:
     """Everything built from a config: model, sampler, self-play, learner, evaluation."""
 
-    def __init__(self, config: Config, pool: ExecutorPool) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        pool: ExecutorPool,
+        stopped: Callable[[], bool] = lambda: False,
+        hosts: Hosts | None = None,
+    ) -> None:
+        """stopped: asked now and then whether to raise `Stopped`. hosts: those of the run; None: this one alone."""
+        self.config, self.stopped, self.hosts = config, stopped, hosts or Hosts()
         self.compiles = CompileCounter()
         self.folder = model_folder(config.model)
         self.model = ModelConfig.load(self.folder)
@@ -81,7 +91,7 @@ class Run:
         self.engine = Engine(self.model, config.rollout, tokenizer, self.mesh, self.prompts.stop, kind, dtype)
         self.micro = isinstance(self.prompts, CompactFormat)  # the held-out sets speak this format only
         held_out = is_held_out if self.micro else lambda _: False
-        self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, held_out)
+        self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, held_out, self.hosts)
         self.pool = pool
         self.evaluation = FixedEvaluation(config.eval.per_kind) if self.micro and config.eval.every else None
         if not self.micro and (config.eval.every or config.eval.final_per_kind):
@@ -91,6 +101,8 @@ class Run:
             self.reference = self.first_weights()
         self.rows = micro_rows(config, self.mesh)
         self.skipped = 0  # updates in a row
+        self.scores: dict[int, float] = {}  # BEST_BY, by step
+        self.unfinished: dict[str, Any] | None = None  # metrics of the step that still lacks its evaluation
         self.audited = False
         self.banned: jax.Array | None = None  # bool [V], tokens that are never sampled
 
@@ -123,10 +135,15 @@ class Run:
         return load_weights(self.folder, self.model, param_shardings(self.model, self.mesh), jnp.dtype(dtype))
 
     def evaluator(self, params: Params) -> Evaluate:
-        """Evaluate given weights on a list of tasks."""
-        return lambda tasks, temperature: evaluate(
-            self.engine, params, self.pool, self.prompts, tasks, temperature, self.config.seed
-        )
+        """Evaluate given weights on a list of tasks. Stopped: between two lists."""
+
+        def evaluate_or_stop(tasks: list[Task], temperature: float) -> Outcome:
+            if self.hosts.agree("evaluation", self.stopped()):
+                raise Stopped
+            everything = self.engine, params, self.pool, self.prompts, tasks, temperature, self.config.seed
+            return evaluate(*everything, self.hosts)
+
+        return evaluate_or_stop
 
     def learn(self, state: TrainState, step: Step) -> tuple[TrainState, dict[str, float]]:
         """One policy-gradient update on a step's trajectories: six baselines, packed rows, one optimizer step."""
@@ -165,14 +182,23 @@ def with_template(config: Config) -> Config:
     return replace(config, tasks=replace(config.tasks, prompt_format=template))
 
 
-def train(config: Config, config_path: str, allow_config_change: bool = False) -> int:
-    """`azr-jax train`: run or resume; returns the exit code. `config_path` is only shown."""
-    config = with_template(config)
-    folder = RunFolder.open(config.run_dir, config_to_yaml(config), allow_config_change)
-    wandb = WandbSink(config.wandb_project, folder.path, asdict(config))
-    with folder, wandb, GracefulStop() as stop, ExecutorPool(config.executor) as pool:
-        run = Run(config, pool)
-        checkpoints = Checkpointer(folder.checkpoints, config.checkpoint.keep)
+def train(
+    config: Config, config_path: str, stop: GracefulStop, allow_config_change: bool = False, hosts: Hosts | None = None
+) -> int:
+    """`azr-jax train`: run or resume; returns the exit code. `config_path` is only shown, `stop` is entered already.
+
+    hosts: those of the run, all of which call this; None: this one alone.
+    """
+    config, hosts = with_template(config), hosts or Hosts()
+    hosts.relay(stop)
+    hosts.agree("the start", False, **facts(config))
+    text = config_to_yaml(config)
+    folder = RunFolder.open(config.run_dir, text, allow_config_change) if hosts.leads else Onlooker(config.run_dir)
+    wandb = WandbSink(config.wandb_project if hosts.leads else "none", folder.path, asdict(config))
+    checkpoints = Checkpointer(folder.checkpoints, config.checkpoint.keep, hosts)
+    with folder, wandb, ExecutorPool(config.executor) as pool, checkpoints:
+        run = Run(config, pool, lambda: stop.requested, hosts)
+        stop.busy = lambda: checkpoints.saving
         log.info(
             "%s: preset %s (%s), control %s, %d parameters on %d device(s), run folder %s",
             config_path,
@@ -183,15 +209,17 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
             run.mesh.size,
             folder.path,
         )
-        beginning = _resume_or_seed(run, checkpoints, folder, stop)
+        beginning = _resume_or_seed(run, checkpoints, folder)
         if beginning is None:
-            log.info("stopped while seeding: nothing is lost, the same command starts over")
+            log.info("stopped before the first step: nothing is lost; resumable: run the same command again")
             return stop.exit_code
         state, number = beginning
         progress, saved = Progress(config.steps), number
         log.info(LEGEND)
-        while number < config.steps and not stop.requested:
-            started = time.monotonic()
+        same: dict[str, str] = {}
+        while number < config.steps and not hosts.agree(f"step {number + 1}", stop.requested, **same):
+            checkpoints.poll()
+            started, compiling = time.monotonic(), run.compiles.seconds
             number += 1
             before = replace(run.engine.stats)
             try:
@@ -201,59 +229,90 @@ def train(config: Config, config_path: str, allow_config_change: bool = False) -
                 break
             rolled = time.monotonic()
             state, learned = run.learn(state, step)
+            same = {name: repr(value) for name, value in learned.items() if name.startswith("learner/")}
             step.seconds["update"] = time.monotonic() - rolled
             metrics = step_metrics(step, run.selfplay.buffers, run.prompts) | learned
             metrics |= engine_metrics(before, run.engine.stats, step.seconds["rollout"]) | _machine_metrics(run)
-            if run.evaluation and (number % config.eval.every == 0 or number == config.steps):
-                metrics |= _timed_evaluation(run, state)
-            metrics["time/step"] = time.monotonic() - started
-            _write(folder, run, step, metrics)
+            metrics |= write_rows(folder, step, run.engine.tokenizer, config)
+            try:
+                if run.evaluation and (number % config.eval.every == 0 or number == config.steps):
+                    metrics |= _timed_evaluation(run, state, number)
+            except Stopped:  # the state is new, so it is saved; a resumed run evaluates it first
+                run.unfinished = metrics
+                break
+            metrics |= {"time/step": time.monotonic() - started, "time/compile": run.compiles.seconds - compiling}
+            folder.append_metrics(number, metrics)
             wandb.log(number, metrics)
             log.info("%s", progress.line(number, metrics))
-            if number % config.checkpoint.every == 0:
+            if hosts.agree("saving", _is_due(run, checkpoints, number)):
                 _save(checkpoints, number, state, run, folder)
                 saved = number
         if saved != number:
             _save(checkpoints, number, state, run, folder)
-        if number < config.steps or stop.requested:  # the table at the end takes longer than a preemption waits
+        checkpoints.wait()
+        stopped = hosts.agree("the end of training", stop.requested)
+        if number < config.steps or stopped:  # the table at the end takes longer than a preemption waits
             log.info("stopped after step %d of %d; resumable: run the same command again", number, config.steps)
             return stop.exit_code
-        _finish(run, state, folder)
+        try:
+            _finish(run, state, folder)
+        except Stopped:
+            log.info("stopped before the table at the end; resumable: run the same command again")
+        folder.push()
     return stop.exit_code
 
 
-def _resume_or_seed(
-    run: Run, checkpoints: Checkpointer, folder: RunFolder, stop: GracefulStop
-) -> tuple[TrainState, int] | None:
+def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int] | None:
     """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0; None if stopped before."""
+    try:
+        resumes = run.hosts.agree("resuming", run.hosts.leads and bool(checkpoints.steps()))
+        return _resume(run, checkpoints, folder) if resumes else _seed(run, checkpoints, folder)
+    except Stopped:
+        return None
+
+
+def _resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int]:
+    """From the newest checkpoint that can be read. Stopped: before an evaluation that has to come first."""
     fresh = run.fresh_state()
     run.warm_up(fresh.params)
-    if checkpoints.steps():
-        run.engine.release()
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
-        del fresh  # there is room for one state only
-        restored = checkpoints.restore(abstract)
-        assert restored is not None  # none that can be read is an error
-        number, state, extra = restored
-        run.selfplay.buffers = TaskBuffers.from_json(extra["buffers"], run.selfplay.rules)
-        run.selfplay.buffers.cap = run.config.tasks.buffer_cap  # the two differ only after --allow-config-change
-        if run.evaluation and not run.evaluation.take_baseline(extra["baseline"]):
-            log.info("the evaluation was changed: measuring the weights before the first update with the new one")
-            run.evaluation.measure(run.evaluator(run.first_weights()))
-        folder.truncate_after(number)
-        chain = oversight.verify(folder.oversight, extra["oversight_head"])
-        if not chain.ok:
-            log.warning("%s was changed since the checkpoint: line %d %s", folder.oversight, chain.line, chain.problem)
-        log.info("resuming after step %d", number)
-        return state, number
+    run.engine.release()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+    del fresh  # there is room for one state only
+    restored = checkpoints.restore(abstract)
+    assert restored is not None  # none that can be read is an error
+    number, state, extra = restored
+    run.selfplay.buffers = TaskBuffers.from_json(extra["buffers"], run.selfplay.rules)
+    run.selfplay.buffers.cap = run.config.tasks.buffer_cap  # the two differ only after --allow-config-change
+    run.skipped = extra.get("skipped", 0)
+    if run.evaluation and not run.evaluation.take_baseline(extra["baseline"]):
+        log.info("the evaluation was changed: measuring the weights before the first update with the new one")
+        run.evaluation.measure(run.evaluator(run.first_weights()))
+    folder.truncate_after(number)
+    chain = oversight.verify(folder.oversight, extra["oversight_head"])
+    if run.hosts.leads and not chain.ok:
+        log.warning("%s was changed since the checkpoint: line %d %s", folder.oversight, chain.line, chain.problem)
+    log.info("resuming after step %d", number)
+    rows = folder.read_metrics()
+    run.scores = {row["step"]: row[BEST_BY] for row in rows if row.get(BEST_BY) is not None}
+    lacks = extra.get("unfinished") is not None  # a resume from the same checkpoint may have brought it already
+    if lacks and run.hosts.agree("the evaluation", run.hosts.leads and not any(row["step"] == number for row in rows)):
+        metrics = extra["unfinished"] | (_timed_evaluation(run, state, number) if run.evaluation else {})
+        folder.append_metrics(number, metrics)
+    return state, number
+
+
+def _seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int]:
+    """From the identity program. Stopped: before the buffers were full and the first weights evaluated."""
+    fresh = run.fresh_state()
+    run.warm_up(fresh.params)
     folder.truncate_after(-1)
     log.info("seeding the buffers from the identity program")
-    if not run.selfplay.seed(fresh.params, lambda: stop.requested):
-        return None
+    if not run.selfplay.seed(fresh.params, run.stopped):
+        raise Stopped
     log.info("seeded: %s", {kind.value: run.selfplay.buffers.size(kind) for kind in KINDS})
     metrics = run.selfplay.buffers.metrics(0)
     if run.evaluation:
-        metrics |= _timed_evaluation(run, fresh)
+        metrics |= _timed_evaluation(run, fresh, 0)
     folder.append_tasks(0, [task.to_json() for kind in KINDS for task in run.selfplay.buffers.tasks(kind)])
     folder.append_metrics(0, metrics)
     _save(checkpoints, 0, fresh, run, folder)
@@ -262,16 +321,35 @@ def _resume_or_seed(
 
 def _save(checkpoints: Checkpointer, number: int, state: TrainState, run: Run, folder: RunFolder) -> None:
     baseline = run.evaluation.baseline if run.evaluation else {}
-    extra = {"buffers": run.selfplay.buffers.to_json(), "baseline": baseline, "oversight_head": folder.oversight_head}
-    checkpoints.save(number, state, extra)
+    extra = {
+        "buffers": run.selfplay.buffers.to_json(),
+        "baseline": baseline,
+        "oversight_head": folder.oversight_head,
+        "skipped": run.skipped,
+        "unfinished": run.unfinished,
+    }
+    folder.push()  # its rows are there before it is
+    checkpoints.save(number, state, extra, _best(run, checkpoints, number))
 
 
-def _timed_evaluation(run: Run, state: TrainState) -> dict[str, float]:
+def _is_due(run: Run, checkpoints: Checkpointer, number: int) -> bool:
+    """Whether a step is to be saved now; the first host, which knows all scores, decides for all."""
+    due = number % run.config.checkpoint.every == 0 or number in _best(run, checkpoints, number)
+    return run.hosts.leads and due
+
+
+def _best(run: Run, checkpoints: Checkpointer, number: int) -> list[int]:
+    """The steps to keep because they are the best, this one included if it is to be saved for that."""
+    return best_steps(run.scores, {*checkpoints.steps(), number}, run.config.checkpoint.keep_best)
+
+
+def _timed_evaluation(run: Run, state: TrainState, number: int) -> dict[str, float]:
     assert run.evaluation is not None
     started = time.monotonic()
     row = run.evaluation.measure(run.evaluator(state.params))
     shown = [f"{name} {100 * row[f'eval/sampled/{name}']:.1f}" for name in (*(k.value for k in KINDS), "pooled")]
     gains = [f"{mode} {100 * row[f'eval/gain/{mode}/pooled']:+.1f}" for mode in ("sampled", "greedy")]
+    run.scores[number] = row[BEST_BY]
     log.info("held-out pass@1 in %%, sampled: %s; gain so far: %s points", ", ".join(shown), ", ".join(gains))
     return row | {"time/eval": time.monotonic() - started}
 
@@ -279,51 +357,6 @@ def _timed_evaluation(run: Run, state: TrainState) -> dict[str, float]:
 def _machine_metrics(run: Run) -> dict[str, float]:
     executor = {f"executor/{name}": value for name, value in run.pool.stats().items()}
     return {"perf/rss_mb": resident_mb(), "perf/compiles": float(run.compiles.programs)} | executor
-
-
-def _write(folder: RunFolder, run: Run, step: Step, metrics: dict[str, float]) -> None:
-    """A step's rows of the run folder."""
-    valid = [a for a in step.proposals if a.task is not None]
-    folder.append_tasks(
-        step.number,
-        [a.task.to_json() | {"outcome": a.outcome.value, "solve_rate": a.solve_rate} for a in valid if a.task],
-    )
-    shown = [*step.proposals, *step.solutions]
-    folder.write_rollouts(step.number, [_rollout(a, run.engine.tokenizer.decode(a.prompt), run.config) for a in shown])
-    records, flags, flagged = [], [], 0
-    for attempt in shown:
-        found = oversight.scan(attempt.response, attempt.proposal.program if attempt.proposal else "")
-        flags += found
-        flagged += bool(found)
-        records += [
-            {"step": step.number, "role": attempt.role.value, "kind": attempt.kind.value, "response": attempt.response}
-            | {"category": flag.category, "rule": flag.rule, "excerpt": flag.excerpt}
-            for flag in found
-        ]
-    folder.append_oversight(records)
-    metrics["oversight/scanned"] = float(len(shown))
-    metrics["oversight/flagged_share"] = flagged / max(len(shown), 1)
-    metrics |= {f"oversight/flags/{category}": float(n) for category, n in oversight.counts(flags).items()}
-    folder.append_metrics(step.number, metrics)
-
-
-def _rollout(attempt: Attempt, prompt: str, config: Config) -> dict[str, Any]:
-    verdict = attempt.reason or attempt.outcome.value
-    if attempt.role is Role.SOLVE:
-        verdict = "correct" if attempt.correct else ("wrong" if attempt.answer is not None else "format")
-        verdict = verdict if attempt.scored else "infra"
-    return {
-        "role": attempt.role.value,
-        "kind": attempt.kind.value,
-        "prompt": prompt,
-        "response": attempt.response,
-        "verdict": verdict,
-        "solve_rate": attempt.solve_rate,
-        "reward": attempt.reward,
-        "trained": attempt.scored
-        and config.control != "no_updates"
-        and not (attempt.role is Role.PROPOSE and config.control == "frozen_proposer"),
-    }
 
 
 def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
@@ -337,18 +370,20 @@ def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
         folder.write_outcome(to_json(lines))
     if lines:
         log.info("held-out tasks, before and after:\n%s", before_after_table(lines))
-    log.info("report: %s", write_report(folder.path))
+    if run.hosts.leads:
+        log.info("report: %s", write_report(folder.path))
 
 
-def seed(config: Config, out: TextIO) -> int:
-    """`azr-jax seed`: only the seed buffers, one task a line."""
-    config = with_template(config)
+def seed(config: Config, out: TextIO, hosts: Hosts | None = None) -> int:
+    """`azr-jax seed`: only the seed buffers, one task a line, by the first of `hosts`."""
+    config, hosts = with_template(config), hosts or Hosts()
+    hosts.agree("the start", False, **facts(config))
     with ExecutorPool(config.executor) as pool:
-        run = Run(replace(config, eval=replace(config.eval, every=0)), pool)
+        run = Run(replace(config, eval=replace(config.eval, every=0)), pool, hosts=hosts)
         params = run.fresh_state().params
         run.warm_up(params)
         run.selfplay.seed(params)
-        for kind in KINDS:
+        for kind in KINDS if hosts.leads else ():
             for task in run.selfplay.buffers.tasks(kind):
                 out.write(json.dumps(task.to_json()) + "\n")
     return 0

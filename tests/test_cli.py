@@ -101,6 +101,7 @@ def test_version_and_module_entry():
         ["trian"],
         ["train"],
         ["train", "a.yaml", "--allow-config"],
+        ["train", "a.yaml", "--hosts", "0"],
         ["report", "a", "b"],
         ["sample", "--kind", "production"],
         ["sample", "--temperature", "-1"],
@@ -131,9 +132,10 @@ def test_usage_errors_ask_for_what_is_needed(capsys):
 
 def test_train_gets_the_config(train, config_file):
     assert main(["train", config_file, "seed=4", "learn.lr=1e-5"]) == 0
-    (config, path), options = train.calls[0]
+    (config, path, stop), options = train.calls[0]
     assert (config.steps, config.seed, config.learn.lr) == (3, 4, 1e-5)
-    assert path == config_file and options == {"allow_config_change": False}
+    assert path == config_file and not stop.requested
+    assert options["hosts"].count == 1 and not options["allow_config_change"]
 
 
 @pytest.mark.parametrize("flag_at", [0, 1, 2, 3])
@@ -141,14 +143,23 @@ def test_flags_and_overrides_mix(train, config_file, flag_at):
     arguments = [config_file, "seed=4", "steps=5"]
     arguments.insert(flag_at, "--allow-config-change")
     assert main(["train", *arguments]) == 0
-    (config, _), options = train.calls[0]
-    assert (config.seed, config.steps) == (4, 5) and options == {"allow_config_change": True}
+    (config, *_), options = train.calls[0]
+    assert (config.seed, config.steps) == (4, 5) and options["allow_config_change"]
+
+
+def test_flags_of_several_hosts_come_together(train, config_file, capsys):
+    assert main(["train", config_file, "--hosts", "2", "--host", "1"]) == 2
+    assert "--coordinator" in capsys.readouterr().err and not train.calls
+    assert main(["train", config_file, "--coordinator", "here:1", "--hosts", "1", "--host", "0"]) == 0
+    assert train.calls[0][1]["hosts"].count == 1
 
 
 def test_seed_writes_to_stdout(monkeypatch, config_file):
     seed = Handler(monkeypatch, "azr_jax.train", "seed")
     assert main(["seed", config_file]) == 0
-    assert seed.calls == [((Config(steps=3, executor=ExecutorConfig(workers=2)), sys.stdout), {})]
+    ((config, out, hosts), _), *more = seed.calls
+    assert config == Config(steps=3, executor=ExecutorConfig(workers=2)) and out is sys.stdout
+    assert hosts.count == 1 and not more
 
 
 def test_check_and_bench_get_the_executor_section(monkeypatch, config_file, capsys):

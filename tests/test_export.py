@@ -182,6 +182,9 @@ def run(tmp_path_factory) -> Path:
         assert not params["embed"].is_fully_replicated
         moments = {"mu": jax.tree.map(jnp.zeros_like, params), "count": counter}
         checkpoints.save(step, TrainState(params, moments, counter, counter), {"buffers": []})
+    checkpoints.wait()
+    scores = [{"step": n, "eval/sampled/pooled": score} for n, score in ((0, 0.9), (2, 0.5), (10, 0.4))]
+    (root / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
     (root / "run/config.yaml").write_text(f"model: {folder}\nsteps: 10\n")
     return root / "run"
 
@@ -191,6 +194,7 @@ def run(tmp_path_factory) -> Path:
     [
         ("", [], 10),
         ("", ["--step", "2"], 2),
+        ("", ["--step", "best"], 2),
         ("checkpoints", [], 10),
         ("checkpoints/step_000002", [], 2),
         ("checkpoints/step_000002", ["--step", "2"], 2),
@@ -229,7 +233,7 @@ def test_an_empty_folder_will_do(tmp_path, capsys):
 
 def test_what_is_no_source(run, tmp_path, capsys):
     code, error = refusal(capsys, tmp_path / "nothing", tmp_path / "out")
-    assert code == 1 and "neither a run folder" in error
+    assert code == 2 and "neither a run folder" in error
     (tmp_path / "young").mkdir()
     (tmp_path / "young/config.yaml").write_text("model: embedded\n")
     assert "holds no checkpoint yet" in refusal(capsys, tmp_path / "young", tmp_path / "out")[1]

@@ -97,7 +97,7 @@ def test_prompts_that_cannot_be(folder, capsys, text, said):
 
 
 def test_a_model_that_is_not_there(capsys):
-    assert main(["sample", "--model", "nowhere", "--prompt", "x"]) == 1
+    assert main(["sample", "--model", "nowhere", "--prompt", "x"]) == 2
     assert "no such folder" in capsys.readouterr().err
 
 
@@ -183,8 +183,11 @@ def test_a_mistake_costs_one_line_and_the_session_goes_on(run, caplog, kind, typ
 
 
 @pytest.mark.parametrize(("typed", "lost"), [("", 0), (PROGRAM, 1), (f"{PROGRAM}\n\n", 1), ("\n\n", 0)])
-def test_the_end_of_the_input_ends_the_session(run, caplog, typed, lost):
-    assert run(typed=typed, responses=()) == ""
+def test_input_without_a_whole_task(folder, capsys, caplog, monkeypatch, typed, lost):
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert main(["sample", "--model", folder]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "held no whole task" in captured.err
     assert caplog.text.count("the input ended after a program") == lost
 
 

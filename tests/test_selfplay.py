@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from azr_jax.attempts import Attempt, Step
 from azr_jax.config import PRESETS, Config, ExecutorConfig, RolloutConfig, TasksConfig
+from azr_jax.dist.hosts import Hosts
 from azr_jax.errors import UserError
 from azr_jax.executor import ExecutorPool, Verdict
 from azr_jax.executor import Request as Check
 from azr_jax.micro.language import is_held_out
-from azr_jax.selfplay import CONSTANT_LEARNABILITY, Round, SelfPlay
+from azr_jax.round import Round
+from azr_jax.selfplay import CONSTANT_LEARNABILITY, SelfPlay
 from azr_jax.stream import Stopped
 from azr_jax.tasks.buffers import TaskBuffers
-from azr_jax.tasks.kinds import GROUPS, KINDS, Kind, Proposal, Role, group_index
+from azr_jax.tasks.kinds import GROUPS, KINDS, Kind, Proposal, Role, Task, group_index
+from azr_jax.tasks.prompts import PromptFormat
 from azr_jax.tasks.rewards import Outcome
 from azr_jax.telemetry.metrics import unknown_names
 from azr_jax.telemetry.step_metrics import step_metrics
 from azr_jax.train import Run
+from tests.hosts import on_hosts
 
 CONFIG = Config(
     tasks=TasksConfig(batch=6, references=1, induction_inputs=4, samples=4, seed_factor=1),
@@ -70,7 +75,7 @@ def test_seeding_stops_between_rounds(run: Run) -> None:
 
 def test_every_stored_task_is_true(run: Run, step: Step) -> None:
     """Gold outputs are what real Python gives: judged by the executor on the proposed input itself."""
-    from azr_jax.selfplay import answer_check
+    from azr_jax.round import answer_check
 
     checks = []
     for kind in KINDS:
@@ -313,3 +318,65 @@ def test_a_step_that_is_stopped_leaves_nothing_behind(run: Run, pool: ExecutorPo
     assert [(a.identity, a.response, a.reward) for a in again.attempts] == [
         (a.identity, a.response, a.reward) for a in whole.attempts
     ]
+
+
+class Copycat:
+    """A prompt format in which every deduction proposal is read as the same program, new to the buffers."""
+
+    def __init__(self, prompts: PromptFormat) -> None:
+        self.prompts = prompts
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.prompts, name)
+
+    def parse_proposal(self, kind: Kind, references: Sequence[Task], response: str) -> Proposal | None:
+        if kind is Kind.DEDUCTION:
+            return Proposal(kind, "def f(x):\n    return (x, 'said by all hosts')", input="1")
+        return self.prompts.parse_proposal(kind, references, response)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "copycat"),
+    [("fixed", 2, False), ("fixed", 4, True), ("paper", 3, True), ("reference", 3, False)],
+)
+def test_hosts_share_a_step_and_nothing_changes(
+    run: Run, pool: ExecutorPool, preset: str, count: int, copycat: bool
+) -> None:
+    """Duplicates are resolved between hosts as within one, and every host ends with the same step and buffers."""
+    params = run.fresh_state().params
+    state = run.selfplay.buffers.to_json()
+    prompts: Any = Copycat(run.prompts) if copycat else run.prompts
+
+    def made(hosts: Hosts) -> object:
+        play = SelfPlay(replace(CONFIG, preset=preset), run.engine, pool, prompts, is_held_out, hosts)
+        play.buffers = TaskBuffers.from_json(state, play.rules)
+        step = play.step(params, 11)
+        attempts = [
+            (a.identity, a.prompt, a.response, a.task, a.outcome, a.reason, a.answer, a.solve_rate, a.reward, a.scored)
+            for a in step.attempts
+        ]
+        samples = [
+            (a.completion.tokens.tolist(), a.completion.logprobs.tolist()) for a in step.attempts if a.completion
+        ]
+        return attempts, samples, play.buffers.to_json(), len(step.trajectories(play.config))
+
+    alone = made(Hosts())
+    assert all(found == alone for found in on_hosts(count, made))
+    reasons = [attempt[5] for attempt in alone[0] if attempt[5] == "duplicate"]  # type: ignore[index]
+    assert not copycat or preset == "paper" or len(reasons) >= CONFIG.tasks.batch - 1
+
+
+def test_a_host_that_is_stopped_stops_the_step_on_all(run: Run, pool: ExecutorPool) -> None:
+    params = run.fresh_state().params
+    state = run.selfplay.buffers.to_json()
+
+    def made(hosts: Hosts) -> object:
+        play = SelfPlay(CONFIG, run.engine, pool, run.prompts, is_held_out, hosts)
+        play.buffers = TaskBuffers.from_json(state, play.rules)
+        asked = iter([False, False, True])
+        try:
+            return play.step(params, 12, lambda: hosts.index == 1 and next(asked))
+        finally:
+            assert play.buffers.to_json() == state and not run.engine.busy
+
+    assert all(isinstance(found, Stopped) for found in on_hosts(3, made))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +80,41 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_a_stop_elsewhere_is_a_stop_here():
+    with GracefulStop() as stop:
+        stop.request(signal.SIGTERM)
+        assert stop.requested and stop.received is signal.SIGTERM and stop.exit_code == 0
+        send(signal.SIGTERM)
+        assert stop.requested
+
+
+CHILD = """
+import hashlib, logging, sys, time
+from azr_jax.signals import GracefulStop
+logging.basicConfig(format="%(message)s")
+with GracefulStop(grace=4.0) as stop:
+    until = time.monotonic() + 5.0
+    if sys.argv[1] == "saves":
+        stop.busy = lambda: time.monotonic() < until
+    print("ready", flush=True)
+    if sys.argv[1] == "compiles":
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+    while not stop.requested or stop.busy():
+        time.sleep(0.01)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("how", "output"), [("listens", "saved\n"), ("saves", "saved\n"), ("compiles", "")])
+def test_what_cannot_listen_is_given_up_but_no_save(how, output):
+    """Minutes inside a C function, where Python's handlers do not run, stand in for compiling an update."""
+    command = [sys.executable, "-c", CHILD, how]
+    root = Path(__file__).parents[1]
+    child = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    child.terminate()  # the first is over at once, the second after the time is up, the third never
+    printed, errors = child.communicate()
+    assert child.returncode == 0 and printed == output
+    assert ("resumable" in errors) == (how == "compiles") and "Traceback" not in errors

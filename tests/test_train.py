@@ -18,24 +18,26 @@ from azr_jax.checkpoint import Checkpointer
 from azr_jax.config import ExecutorConfig
 from azr_jax.config_loader import load_config
 from azr_jax.executor import ExecutorPool
+from azr_jax.telemetry import metrics
 from azr_jax.telemetry.metrics import unknown_names
 from azr_jax.train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs/debug_cpu.yaml")
 SMALL = ["tasks.seed_factor=1", "executor.workers=1", "eval.every=3", "eval.per_kind=4", "checkpoint.every=2"]
-#: Figures of the clock, the machine and the pool's own bookkeeping, which no two runs share.
-UNREPEATABLE = ("time/", "perf/", "executor/")
+SMALL += ["checkpoint.keep_best=0"]
 
 
 def command(run_dir: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "azr_jax", "train", CONFIG, f"run_dir={run_dir}", *SMALL, *overrides]
 
 
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(run_dir: Path, *overrides: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device: compiles faster
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(run_dir.parent / "compiled")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return subprocess.Popen(
-        command(run_dir, *overrides),
+        [*before, *command(run_dir, *overrides)],
         cwd=ROOT,
         env=environment,
         stderr=subprocess.PIPE,
@@ -62,7 +64,7 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
 
 
 def repeatable(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(UNREPEATABLE)} for row in rows(run_dir)]
+    return [metrics.repeatable(row) for row in rows(run_dir)]
 
 
 def arrays(run_dir: Path) -> tuple[int, list[np.ndarray], dict]:
@@ -105,6 +107,7 @@ def test_kill_and_resume_is_exact(runs: tuple[Path, Path, str]) -> None:
     assert step == other_step == 4
     assert all((a == b).all() for a, b in zip(expected, found, strict=True))
     assert extra == other_extra and extra["buffers"]
+    assert extra["skipped"] == 0 and extra["unfinished"] is None
 
 
 def test_the_run_folder_is_complete(runs: tuple[Path, Path, str]) -> None:
@@ -129,15 +132,24 @@ def test_nothing_compiles_once_every_shape_has_been_seen(runs: tuple[Path, Path,
     assert compiles[-1] - compiles[1] <= 6
 
 
+def test_a_full_disk_is_one_clear_line_and_loses_no_checkpoint(runs: tuple[Path, Path, str]) -> None:
+    """A limit on the size of files stands in for it: rows still fit, a checkpoint does not."""
+    whole, _, _ = runs
+    code, log = finish(start(whole, "steps=6", before=("bash", "-c", 'ulimit -f 300; exec "$@"', "bash")))
+    assert code == 1 and "cannot write a checkpoint" in log and "the checkpoint of step 4 is untouched" in log
+    assert len([line for line in log.splitlines() if line.startswith("azr-jax:")]) == 1 and "Traceback" not in log
+    assert Checkpointer(whole / "checkpoints", 3).latest() == 4
+
+
 def test_more_steps_extend_a_finished_run_and_sigterm_saves(runs: tuple[Path, Path, str]) -> None:
     whole, _, _ = runs
     process = start(whole, "steps=400")
-    wait_for_step(process, whole, 5)
+    wait_for_step(process, whole, 7)  # of which some are left by the run before
     process.terminate()
     code, log = finish(process)
-    assert code == 0 and "resumable" in log
+    assert code == 0 and "resumable" in log and "resuming after step 4" in log
     last = rows(whole)[-1]["step"]
-    assert last >= 5 and Checkpointer(whole / "checkpoints", 3).latest() == last
+    assert last >= 7 and Checkpointer(whole / "checkpoints", 3).latest() == last
 
 
 def test_a_changed_config_is_refused_in_one_line(runs: tuple[Path, Path, str]) -> None:
@@ -164,7 +176,7 @@ def test_a_torn_newest_checkpoint_costs_only_the_steps_since_the_one_before(runs
     ("overrides", "code", "says"),
     [
         (["learn.leraning_rate=1"], 2, "unknown key"),
-        (["model=/nowhere/at/all"], 1, "no such folder"),
+        (["model=/nowhere/at/all"], 2, "no such folder"),
         (["run_dir=/proc/no/such/place"], 1, "/proc/no/such/place"),
     ],
 )

@@ -7,11 +7,13 @@ function of (split, size, seed). Measures the embedded model and models tuned on
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from azr_jax.dist.hosts import Hosts
 from azr_jax.evals.intervals import Estimate, paired_difference, share
 from azr_jax.executor import ExecutorPool
 from azr_jax.micro.corpus import LENGTHS, induction_task
@@ -19,7 +21,7 @@ from azr_jax.micro.language import BIGGER, NORMAL, sample_runnable
 from azr_jax.models.transformer import Params
 from azr_jax.rollout.engine import Engine
 from azr_jax.rollout.request import Request, request_key
-from azr_jax.selfplay import answer_check
+from azr_jax.round import answer_check
 from azr_jax.tasks.kinds import KINDS, Kind, Task
 from azr_jax.tasks.prompts import PromptFormat
 
@@ -89,27 +91,27 @@ def evaluate(
     tasks: Sequence[Task],
     temperature: float,
     seed: int,
+    hosts: Hosts | None = None,
 ) -> Outcome:
-    """One response per task (temperature 0: greedy), judged by the executor.
+    """One response per task (temperature 0: greedy), judged by the executor; each of `hosts` does its share of them.
 
     An answer it could not judge is wrong, and so is a task whose prompt is longer than the engine takes.
     """
+    hosts = hosts or Hosts()
     encoded = {i: engine.tokenizer.prompt(prompts.solve(task)) for i, task in enumerate(tasks)}
     asked = [i for i, ids in encoded.items() if engine.fits(ids)]
     if len(asked) < len(tasks):
         log.warning("evaluation: %d of %d prompts exceed rollout.max_prompt", len(tasks) - len(asked), len(tasks))
-    requests = [Request(encoded[i], request_key(seed, "eval", i), temperature) for i in asked]
-    completions = dict(zip(asked, engine.generate(params, requests), strict=True))
-    responses = [engine.text(completions[i]) if i in completions else "" for i in encoded]
-    checks = []
-    for i, (task, response) in enumerate(zip(tasks, responses, strict=True)):
-        answer = prompts.parse_answer(task.kind, response)
-        if answer is not None:
-            checks.append(answer_check(str(i), task, answer))
+    mine = [i for i in asked if hosts.owns(i)]
+    requests = [Request(encoded[i], request_key(seed, "eval", i), temperature) for i in mine]
+    completions = dict(zip(mine, engine.generate(params, requests), strict=True))
+    responses = {i: engine.text(completion) for i, completion in completions.items()}
+    answers = {i: prompts.parse_answer(tasks[i].kind, response) for i, response in responses.items()}
+    checks = [answer_check(str(i), tasks[i], answer) for i, answer in answers.items() if answer is not None]
     correct = {int(verdict.id): verdict.correct for verdict in pool.run_all(checks)}
-    return Outcome(
-        tasks=tuple(tasks),
-        correct=tuple(correct.get(i, False) for i in range(len(tasks))),
-        thinks=tuple(prompts.thinks(response) for response in responses),
-        lengths=tuple(len(completions[i].tokens) if i in completions else 0 for i in encoded),
-    )
+    told = [[i, correct.get(i, False), prompts.thinks(responses[i]), len(completions[i].tokens)] for i in mine]
+    heard = hosts.gather("evaluation", json.dumps(told).encode())
+    assert heard is not None  # nobody gave None
+    found = {row[0]: row[1:] for data in heard for row in json.loads(data)}
+    rows = [found.get(i, [False, False, 0]) for i in range(len(tasks))]
+    return Outcome(tuple(tasks), *(tuple(column) for column in zip(*rows, strict=True)))

@@ -33,10 +33,10 @@ def check_command(path: str, config: ExecutorConfig, out: TextIO) -> int:
         descriptor = sys.stdin.fileno() if path == "-" else os.open(path, os.O_RDONLY)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"check: cannot read {path}: {reason}; give a file of JSON lines, or - for stdin") from None
+        raise UserError(f"check: cannot read {path}: {reason}; give a file of JSON lines, or - for stdin", 2) from None
     try:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise UserError(f"check: {path} is a folder; give a file of JSON lines, or - for stdin")
+            raise UserError(f"check: {path} is a folder; give a file of JSON lines, or - for stdin", 2)
         with ExecutorPool(_alone(config)) as pool:
             _Conversation(pool, descriptor, out).hold()
     except BrokenPipeError:  # nobody reads our answers any more

@@ -22,6 +22,7 @@ from azr_jax.config import RolloutConfig
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import Tokenizer
 from azr_jax.models.transformer import Params
+from azr_jax.rollout import sizing
 from azr_jax.rollout.device import Device
 from azr_jax.rollout.programs import Block, Slots
 from azr_jax.rollout.request import Completion, Filters, Request
@@ -85,7 +86,7 @@ class Engine:
         local = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
         mesh = decode_mesh(self.model, sorted(local, key=lambda d: d.id))
         shards = int(mesh.shape["data"])
-        slots = -(-self.config.slots // shards) * shards
+        slots = sizing.slots(self.config, shards)
         eos = self.tokenizer.eos_ids
         self._device = Device(self.model, self.config, mesh, slots, eos, self.attention, self.dtype)
         self._scheduler: Scheduler | None = None

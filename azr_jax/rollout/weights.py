@@ -22,10 +22,15 @@ from azr_jax.models.transformer import Params, Spec, param_specs
 
 
 def decode_mesh(model: ModelConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh over one host's devices: tensor as far as key heads divide, groups of such devices over data."""
-    tensor = gcd(len(devices), model.num_kv_heads)
-    grid = np.asarray(devices, dtype=object).reshape(-1, 1, tensor)
+    """Mesh over one host's devices, of the sizes of `decode_sizes`."""
+    grid = np.asarray(devices, dtype=object).reshape(tuple(decode_sizes(model, len(devices)).values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def decode_sizes(model: ModelConfig, devices: int) -> dict[str, int]:
+    """Size of each mesh axis over a host's devices: tensor as far as key heads divide, groups of those over data."""
+    tensor = gcd(devices, model.num_kv_heads)
+    return {"data": devices // tensor, "fsdp": 1, "tensor": tensor}
 
 
 def copy_shardings(model: ModelConfig, mesh: Mesh) -> Params:

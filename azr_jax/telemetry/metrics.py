@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 from azr_jax.telemetry.oversight import CATEGORIES
 
@@ -21,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("greedy", "sampled"),
     "set": (*KIND_NAMES, "pooled", "longer", "bigger"),
     "category": CATEGORIES,
-    "phase": ("rollout", "update", "eval", "step"),
+    "phase": ("rollout", "update", "eval", "compile", "step"),
 }
 
 #: group -> (what the group is about, {name without the group: definition})
@@ -117,8 +118,8 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "time": (
-        "Wall-clock seconds of this step. `rollout` is everything from the first prompt to the last verdict; `step` is "
-        "the whole, without writing files.",
+        "Wall-clock seconds of this step. `rollout` is everything from the first prompt to the last verdict; `compile` "
+        "is the part of all these that XLA spent on new programs; `step` is the whole, without writing files.",
         {"{phase}": "seconds spent in one phase"},
     ),
     "perf": (
@@ -173,6 +174,15 @@ GLOSSARY: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
+
+#: Groups that depend on the machine and on timing. Every other figure is the same in any two runs of one configuration,
+#: on one kind of device, however often they were killed and resumed.
+MEASURED = ("time", "perf", "executor")
+
+
+def repeatable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl without what was measured: what a run and its repetition must have in common."""
+    return {name: value for name, value in row.items() if name.partition("/")[0] not in MEASURED}
 
 
 def unknown_names(metrics: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+LOWER_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
 class CompileCounter:
@@ -16,10 +17,12 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.programs = 0
+        self.seconds = 0.0  # spent on them, lowering included
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.programs += event == COMPILE_EVENT
+        self.seconds += duration_secs if event in (COMPILE_EVENT, LOWER_EVENT) else 0.0
 
 
 def resident_mb() -> float:

@@ -34,7 +34,7 @@ LEGEND = (
 
 
 class Progress:
-    """Renders steps; the time to the end is estimated from the median of the last ten steps."""
+    """Renders steps; the time to the end is estimated from the median of the last ten steps, compiling left out."""
 
     def __init__(self, total: int) -> None:
         """total: steps of the whole run."""
@@ -67,7 +67,7 @@ class Progress:
         parts.append(f"reward {rewards}" if rewards else "")
         seconds = metrics.get("time/step")
         if seconds is not None:
-            self._seconds.append(seconds)
+            self._seconds.append(max(0.0, seconds - (metrics.get("time/compile") or 0.0)))
             parts.append(f"{seconds:.1f} s")
             if step < self.total:
                 parts.append(f"ETA {duration((self.total - step) * statistics.median(self._seconds))}")

@@ -45,7 +45,8 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir).expanduser().absolute()
     if not (run_dir / "config.yaml").is_file() and not (run_dir / "metrics.jsonl").is_file():
         raise UserError(
-            f"{run_dir} is no run folder (it has no config.yaml or metrics.jsonl). Name the run_dir of a run."
+            f"{run_dir} is no run folder (it has no config.yaml or metrics.jsonl). Name the run_dir of a run.",
+            exit_code=2,
         )
     page = render(run_dir).encode("utf-8", "backslashreplace")
     target = run_dir / "report.html"

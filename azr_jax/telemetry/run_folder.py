@@ -14,7 +14,11 @@ Each append is one write of whole lines; what fails half-way is cut off again, a
 left torn or ahead of the checkpoint, so that a resumed run continues the files as if nothing had happened. JSON is pure
 ASCII: model text may hold lone surrogates, which no UTF-8 file can.
 
-What this does not do: work from several processes. On many hosts only the first opens the folder.
+A gs:// path works alike: `path` is then a working copy here, which azr_jax.mirror keeps in step with the bucket, and
+`checkpoints` is on the bucket itself.
+
+What this does not do: work from several processes. On many hosts only the first opens the folder, the others have an
+`Onlooker`.
 """
 
 from __future__ import annotations
@@ -31,32 +35,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from azr_jax.errors import ConfigError, UserError
 from azr_jax.telemetry import oversight
 
+if TYPE_CHECKING:
+    from azr_jax.mirror import Mirror
+
 logger = logging.getLogger(__name__)
 
 #: Keys that may differ between two starts of one run: more steps extend it (unless the learning rate decays over them),
-#: a folder may be moved.
-FREE_KEYS = frozenset({"steps", "run_dir"})
+#: a folder may be moved, and how much is kept does not change what is computed.
+FREE_KEYS = frozenset({"steps", "run_dir", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"})
 ROLLOUT_NAME = re.compile(r"step_(\d{6,})\.jsonl")
 
 
 class RunFolder:
     """An open run folder, locked for this process. Use `RunFolder.open`; a context manager, or call `close`."""
 
-    def __init__(self, path: Path, lock: int) -> None:
-        """lock: descriptor holding the lock, closed with the folder."""
+    def __init__(self, path: Path, lock: int, mirror: Mirror | None = None) -> None:
+        """lock: descriptor holding the lock, closed with the folder. mirror: of which `path` is the working copy."""
         self.path = path
+        self.mirror = mirror
         self.metrics = path / "metrics.jsonl"
         self.tasks = path / "tasks.jsonl"
         self.oversight = path / "oversight.jsonl"
         self.rollouts = path / "rollouts"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints: Path | str = f"{mirror.url}/checkpoints" if mirror else path / "checkpoints"
         self.report = path / "report.html"
         self.outcome = path / "outcome.json"
         self._lock: int | None = lock
@@ -68,16 +76,21 @@ class RunFolder:
 
         config_yaml: the resolved configuration as YAML text.
         Raises: UserError if the folder cannot be written or another live process has it; ConfigError if it holds a run
-        of another configuration (apart from `steps` and `run_dir`) that got as far as its first row or checkpoint, and
+        of another configuration (apart from FREE_KEYS) that got as far as its first row or checkpoint, and
         `allow_config_change` is false.
         """
-        path = Path(path).expanduser().absolute()
+        path, mirror = _place(path)
         with _writing(path):
             (path / "rollouts").mkdir(parents=True, exist_ok=True)
             lock = _acquire(path / ".lock")
-        folder = cls(path, lock)
+        folder = cls(path, lock, mirror)
         try:
+            if mirror:
+                mirror.fetch()
             folder._write_config(config_yaml, allow_config_change)
+            if mirror:
+                mirror.push()
+                mirror.check()
         except BaseException:
             folder.close()
             raise
@@ -96,6 +109,14 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def push(self) -> None:
+        """Brings a bucket up to date, where the folder is on one; to be called before each checkpoint, and at the end.
+
+        Raises: UserError if it cannot be written.
+        """
+        if self.mirror:
+            self.mirror.push()
 
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row, {"step": step, name: number}. NumPy and JAX scalars are converted; NaN and infinity become null."""
@@ -161,7 +182,7 @@ class RunFolder:
                 return
             changes = config_changes(old_text, config_yaml, str(path))
             # A start that failed before its first row (a wrong model, say) must not bind the corrected one.
-            started = self.checkpoints.exists() or bool(self.read_metrics())
+            started = (self.path / "checkpoints").exists() or bool(self.read_metrics())
             # A decaying learning rate is planned over `steps`: with more of them it would jump back up.
             constant = (yaml.safe_load(config_yaml).get("learn") or {}).get("schedule", "constant") == "constant"
             free = FREE_KEYS if constant else FREE_KEYS - {"steps"}
@@ -195,6 +216,47 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     file.truncate(before)
                 raise
+
+
+class Onlooker(RunFolder):
+    """The run folder for a host that is not the first: the same paths, and nothing is read or written."""
+
+    def __init__(self, path: str | Path) -> None:
+        path, mirror = _place(path)
+        super().__init__(path, -1, mirror)
+        self._lock = None
+
+    def push(self) -> None:
+        pass
+
+    def _append(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    @property
+    def oversight_head(self) -> str:
+        return oversight.GENESIS
+
+    def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def write_outcome(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def truncate_after(self, step: int) -> None:
+        pass
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return []
+
+
+def _place(run_dir: str | Path) -> tuple[Path, Mirror | None]:
+    """Where the files of a run folder lie here, and what brings them to a bucket."""
+    if not str(run_dir).startswith("gs://"):
+        return Path(run_dir).expanduser().absolute(), None
+    from azr_jax.mirror import Mirror  # loads TensorStore, which a local folder does not need
+
+    mirror = Mirror(str(run_dir))
+    return mirror.local, mirror
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

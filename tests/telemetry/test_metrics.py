@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from azr_jax.telemetry.alarms import alarms
-from azr_jax.telemetry.metrics import GLOSSARY, KIND_NAMES, markdown, unknown_names
+from azr_jax.telemetry.metrics import GLOSSARY, KIND_NAMES, MEASURED, markdown, repeatable, unknown_names
 from azr_jax.telemetry.progress import Comparison, Progress, before_after_table, comparisons, duration
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +111,8 @@ def test_eta_does_not_follow_one_slow_step():
     for step in range(1, 10):
         progress.line(step, {"time/step": 2.0})
     assert progress.line(10, {"time/step": 500.0}).endswith("ETA 3:00")
+    first = Progress(total=11).line(1, {"time/step": 62.0, "time/compile": 60.0})
+    assert first.endswith("62.0 s | ETA 0:20"), "no step after the first compiles"
 
 
 def test_durations():
@@ -147,3 +149,9 @@ def test_table():
     assert "-2.0" in lines[-1] and lines[4] == ""
     assert len({len(line) for line in (lines[0], lines[2], lines[3], lines[5])}) == 1
     assert before_after_table([]) == ""
+
+
+def test_what_was_measured_is_told_from_what_repeats():
+    row = {"step": 3, "time/step": 1.0, "perf/rss_mb": 5, "executor/p50_ms": 2, "learner/loss": 0.5, "eval/count/x": 1}
+    assert repeatable(row) == {"step": 3, "learner/loss": 0.5, "eval/count/x": 1}
+    assert set(MEASURED) < set(GLOSSARY)

@@ -116,9 +116,11 @@ def test_allowed_change_is_noted_and_more_steps_need_no_leave(tmp_path):
         fill(folder, range(1, 3))
     RunFolder.open(tmp_path, CONFIG.replace("steps: 4", "steps: 9").replace("run_dir: x", "run_dir: y")).close()
     RunFolder.open(tmp_path, CONFIG.replace("0.001", "0.002"), allow_config_change=True).close()
+    RunFolder.open(tmp_path, CONFIG.replace("0.001", "0.002") + "checkpoint: {keep: 1}\n").close()
     notes = list(read_rows(tmp_path / "config_changes.jsonl"))
     assert notes[0]["changes"]["steps"] == {"old": 4, "new": 9}
     assert notes[1]["changes"]["learn.lr"] == {"old": 0.001, "new": 0.002} and notes[1]["step"] == 2
+    assert notes[2]["changes"] == {"checkpoint.keep": {"old": None, "new": 1}}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learn"]["lr"] == 0.002
 
 

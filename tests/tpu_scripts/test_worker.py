@@ -128,6 +128,21 @@ def test_a_run_from_set_up_to_finished(host):
     assert "nothing at gs://my-bucket/azr/demo: a new run" in host.run("logs.sh").stdout
 
 
+def test_on_several_hosts_the_run_folder_is_the_bucket(host):
+    active(host)
+    endpoints = "echo unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"
+    host.program("curl", f'case "$*" in *number) echo 0 ;; *endpoints) {endpoints} ;; *) echo true ;; esac')
+    start(host)
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: finished"
+    assert "run_dir=gs://my-bucket/azr/demo" in (host.fake / "trainer").read_text().splitlines()
+    assert not (host.host / "azr_runs/demo").exists() and not (host.fake / "bucket").exists(), "train uploads by itself"
+    host.settings(BUCKET="")
+    start(host)
+    until(lambda: ended(host))
+    assert "needs a BUCKET" in state(host)
+
+
 def test_a_preempted_run_goes_on_from_the_bucket(host):
     active(host)
     (host.fake / "behaviour").write_text("wait")

@@ -14,10 +14,14 @@ export PATH="$HOME/.local/bin:$PATH" # where uv installs itself
   REMOTE=${BUCKET%/}/$RUN_NAME
 }
 
-worker_number() { # as JAX finds it; 0 where there is no metadata server
+attribute() { # of this machine, as JAX asks for it too
   curl -fsS -m 5 -H 'Metadata-Flavor: Google' \
-    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number 2>/dev/null || echo 0
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1" 2>/dev/null
 }
+
+worker_number() { attribute agent-worker-number || echo 0; } # 0 where there is no metadata server
+
+several_hosts() { [[ $(attribute worker-network-endpoints || :) == *,* ]]; }
 
 # The checkpoints are listed before the logs go up, and go up after them: a checkpoint in the bucket never lacks rows of
 # metrics, and rows beyond it are cut on resume. Old ones are removed last, when those that replace them have arrived.

@@ -6,15 +6,21 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 set -m # a job is a process group: stopping the uploads stops their gcloud too
 
 mkdir -p "${RUN%/*}"
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/azr_compiled} # a resume compiles nothing again
 exec >>"$LOG" 2>&1 </dev/null
 end() { printf '%s\n' "$*" >"$STATE"; exit "${code:-0}"; }
 
-code=1
-restore || end "failed (could not read $REMOTE)"
+code=1 place=$RUN
+if several_hosts; then # one run over all of them: its folder is where all can reach it, and train does the rest
+  [[ -n $BUCKET ]] || end 'failed (a slice of several hosts needs a BUCKET)'
+  place=$REMOTE
+else
+  restore || end "failed (could not read $REMOTE)"
+fi
 [[ -z $MODEL ]] || OVERRIDES=("model=$LOCAL_MODEL" "${OVERRIDES[@]}")
 stopped=no
 trap 'stopped=yes; kill -TERM $(jobs -p) || :' TERM # the one job is train, if it is there yet
-"$VENV/bin/azr-jax" train "$CONFIG" "run_dir=$RUN" "${OVERRIDES[@]}" &
+"$VENV/bin/azr-jax" train "$CONFIG" "run_dir=$place" "${OVERRIDES[@]}" &
 trainer=$!
 while sleep "$SYNC_SECONDS"; do upload || echo "upload failed, the next one is in $SYNC_SECONDS s"; done &
 uploads=$!

@@ -1,0 +1,210 @@
+"""A run over several processes is the run that one process makes: the command as users start it, on CPU and loopback.
+
+Two hosts, one of them slow, told to stop in the middle, resumed, one of them killed, resumed again although the newest
+checkpoint is damaged by then; and four hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from azr_jax.checkpoint import Checkpointer
+from azr_jax.config import ExecutorConfig
+from azr_jax.config_loader import load_config
+from azr_jax.executor import ExecutorPool
+from azr_jax.train import Run
+from tests.learn.test_two_processes import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = [
+    *("tasks.seed_factor=1", "executor.workers=1", "eval.every=1", "eval.per_kind=2"),
+    *("learn.lr=1e-5", "checkpoint.every=1", "checkpoint.keep=9"),
+]
+#: What SLOW says is slept before every block of decoding; death is noticed a little sooner than for users.
+PROGRAM = """
+import os, sys, time
+from azr_jax.cli import main
+from azr_jax.dist import watch
+from azr_jax.rollout.engine import Engine
+
+watch.DEAD_SECONDS = 15
+slow, step = float(os.environ["SLOW"]), Engine.step
+Engine.step = lambda self: (time.sleep(slow), step(self))[1]
+sys.exit(main())
+"""
+#: Figures of the clock and of this machine.
+UNREPEATABLE = ("time/", "perf/", "executor/")
+
+
+@dataclass
+class Job:
+    """A run in the making: the process of each host."""
+
+    hosts: list[subprocess.Popen[str]]
+
+    def end(self) -> list[tuple[int, str]]:
+        """Exit code and log of each host."""
+        return [(host.returncode, log) for host in self.hosts for _, log in [host.communicate(timeout=600)]]
+
+
+@dataclass
+class Place:
+    """Where runs are, and what they compiled."""
+
+    folder: Path
+
+    def start(self, name: str, count: int, *settings: str, slow: float = 0.0) -> Job:
+        """The run of this name, on so many hosts; `slow` is the last one."""
+        config = [str(ROOT / "configs/debug_cpu.yaml"), f"run_dir={self.folder / name}"]
+        environment = os.environ | {
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device each; nothing here runs long
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-c", PROGRAM, "train", *config, *SETTINGS, *settings]
+        job = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", str(count)]
+        return Job(
+            [
+                subprocess.Popen(
+                    [*command, *([*job, "--host", str(i)] if count > 1 else [])],
+                    cwd=ROOT,
+                    env=environment | {"SLOW": str(slow if i == count - 1 else 0.0)},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for i in range(count)
+            ]
+        )
+
+    def rows(self, name: str) -> list[dict]:
+        """Of metrics.jsonl, whole ones."""
+        path = self.folder / name / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+    def wait_for_step(self, job: Job, name: str, step: int) -> None:
+        deadline = time.monotonic() + 600
+        while not any(row["step"] >= step for row in self.rows(name)):
+            ended = [host for host in job.hosts if host.poll() is not None]
+            assert not ended and time.monotonic() < deadline, [host.stderr and host.stderr.read() for host in ended]
+            time.sleep(0.02)
+
+    def latest(self, name: str) -> int:
+        found = Checkpointer(self.folder / name / "checkpoints", 3).latest()
+        assert found is not None
+        return found
+
+
+@dataclass
+class Runs:
+    """The same run by one host, by two, with all that befell them, and by four; logs and exit codes of each host."""
+
+    place: Place
+    stopped: list[tuple[int, str]]  # host 1 was told to stop
+    stopped_at: int
+    killed: list[tuple[int, str]]  # host 1 was killed
+    damaged: int  # step of the checkpoint that was cut in half then
+    resumed: list[tuple[int, str]]
+    steps: int
+    four: list[tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    place = Place(tmp_path_factory.mktemp("hosts"))
+    ends, latest = [], [0]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        job = place.start("two", 2, "steps=400", slow=0.05)
+        place.wait_for_step(job, "two", latest[-1] + 1)
+        job.hosts[1].send_signal(number)
+        ends.append(job.end())
+        latest.append(place.latest("two"))
+    _, stopped_at, damaged = latest
+    state = place.folder / f"two/checkpoints/step_{damaged:06d}/state"
+    largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    steps = damaged + 1
+    resumed = place.start("two", 2, f"steps={steps}", slow=0.05).end()
+    four = place.start("four", 4, "steps=1").end()
+    ((code, log),) = place.start("alone", 1, f"steps={steps}").end()
+    assert code == 0, log
+    return Runs(place, ends[0], stopped_at, ends[1], damaged, resumed, steps, four)
+
+
+def assert_the_same(place: Place, name: str, steps: int) -> None:
+    """As the run of one host, up to this step."""
+    alone, many = place.rows("alone"), place.rows(name)
+    assert len(many) == steps + 1
+    for one, other in zip(alone[: steps + 1], many, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            if not key.startswith(UNREPEATABLE):
+                assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (one["step"], key)
+    for step in range(1, steps + 1):
+        rollouts = f"rollouts/step_{step:06d}.jsonl"
+        assert (place.folder / name / rollouts).read_bytes() == (place.folder / "alone" / rollouts).read_bytes()
+    tasks = (place.folder / name / "tasks.jsonl").read_text().splitlines()
+    assert tasks == (place.folder / "alone/tasks.jsonl").read_text().splitlines()[: len(tasks)]
+
+
+def weights(run_dir: Path) -> list[np.ndarray]:
+    """Of the newest checkpoint, read by one process."""
+    with ExecutorPool(ExecutorConfig(workers=1)) as pool:
+        state = Run(load_config(run_dir / "config.yaml", []), pool).fresh_state()
+    restored = Checkpointer(run_dir / "checkpoints", 3).restore(state)
+    assert restored is not None
+    return [np.asarray(x) for x in jax.tree.leaves(restored[1].params)]
+
+
+def test_two_hosts_make_the_run_of_one(runs: Runs) -> None:
+    """Token for token, through a stop, a kill and a damaged checkpoint, though one of them is slow."""
+    assert_the_same(runs.place, "two", runs.steps)
+    assert runs.place.latest("two") == runs.place.latest("alone") == runs.steps
+    for one, other in zip(*(weights(runs.place.folder / name) for name in ("alone", "two")), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+
+
+def test_four_hosts_make_the_run_of_one(runs: Runs) -> None:
+    assert [code for code, _ in runs.four] == [0] * 4, runs.four
+    assert_the_same(runs.place, "four", 1)
+
+
+def test_a_stop_of_one_host_stops_and_saves_on_all(runs: Runs) -> None:
+    (first, log), (second, other) = runs.stopped
+    assert first == second == 0, runs.stopped
+    assert f"stopped after step {runs.stopped_at} of 400; resumable" in log and "SIGTERM" in other
+
+
+def test_a_host_that_is_killed_ends_the_run_on_all(runs: Runs) -> None:
+    """With one line that says which and what to do."""
+    (code, log), _ = runs.killed
+    assert f"resuming after step {runs.stopped_at}" in log
+    (line,) = [line for line in log.splitlines() if line.startswith("azr-jax:")]
+    assert code == 1 and "host 1 has been silent" in line and "resumes" in line and "Traceback" not in log
+
+
+def test_a_damaged_checkpoint_is_skipped_by_all_hosts(runs: Runs) -> None:
+    """Also by those that need not read the part that is damaged."""
+    assert [code for code, _ in runs.resumed] == [0, 0], runs.resumed
+    skipped = f"skipping checkpoint {runs.place.folder}/two/checkpoints/step_{runs.damaged:06d}"
+    assert all(skipped in log for _, log in runs.resumed)
+    assert f"resuming after step {runs.damaged - 1}" in runs.resumed[0][1]
+
+
+def test_one_host_reports_and_the_others_only_warn(runs: Runs) -> None:
+    (_, log), (_, other) = runs.resumed
+    assert f"step {runs.steps}/{runs.steps}" in log and "report.html" in log
+    assert "solved" not in other and "report.html" not in other
