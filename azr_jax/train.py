@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from azr_jax.attempts import Step
+from azr_jax.bucket import is_bucket
 from azr_jax.checkpoint import BEST_BY, Checkpointer, best_steps
 from azr_jax.config import PRESETS, Config
 from azr_jax.config_loader import config_to_yaml
-from azr_jax.dist.hosts import Hosts, facts
+from azr_jax.dist.hosts import Hosts, facts, require_shared
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.errors import UserError
 from azr_jax.evals.heldout import Outcome, evaluate
@@ -197,6 +198,8 @@ def train(
     wandb = WandbSink(config.wandb_project if hosts.leads else "none", folder.path, asdict(config))
     checkpoints = Checkpointer(folder.checkpoints, config.checkpoint.keep, hosts)
     with folder, wandb, ExecutorPool(config.executor) as pool, checkpoints:
+        if not is_bucket(config.run_dir):
+            require_shared(folder.path, hosts)
         run = Run(config, pool, lambda: stop.requested, hosts)
         stop.busy = lambda: checkpoints.saving
         log.info(

@@ -26,6 +26,11 @@ class InThreads(Hosts):
         self.turn.acquire()
         return None if None in heard else heard  # type: ignore[return-value]
 
+    def tell(self, what: str, text: str) -> list[str]:
+        heard = self.gather(what, text.encode())
+        assert heard is not None
+        return [data.decode() for data in heard]
+
 
 def on_hosts(count: int, play: Callable[[Hosts], object]) -> list[object]:
     """What `play` returns on each of so many hosts; an exception is returned too."""

@@ -18,9 +18,11 @@ import logging
 import platform
 import time
 from dataclasses import asdict
+from pathlib import Path
 from signal import Signals
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -34,6 +36,7 @@ from azr_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 20  # bytes a host brings at a time; every device holds as many pieces as there are hosts
+SHARED_SECONDS = 20.0  # a network file system may show a new file that much later
 PATIENCE_SECONDS = 300.0  # between two warnings that a host is being waited for
 
 
@@ -45,6 +48,33 @@ def facts(config: Config) -> dict[str, str]:
         keys = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
         found |= {key: repr(part) for key, part in keys.items() if key != "executor.workers"}
     return found
+
+
+def require_shared(folder: Path, hosts: Hosts) -> None:
+    """UserError, on all hosts, unless this is one and the same folder on all of them. Host 0 has made it."""
+    if hosts.count == 1:
+        return
+    marker = folder / ".shared"
+    said = uuid4().hex if hosts.leads else ""
+    if hosts.leads:
+        marker.write_text(said)
+    said = hosts.tell("the run folder", said)[0]
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := _content(marker) == said) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [host for host, answer in enumerate(hosts.tell("who sees it", str(seen))) if answer != "True"]
+    if hosts.leads:
+        marker.unlink()
+    if blind:
+        where = f"what host 0 wrote to {folder} cannot be read on host {', '.join(map(str, blind))}"
+        raise UserError(f"{where}; run_dir has to be on storage that all hosts share, or on a bucket (gs://...)", 2)
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 class Hosts:

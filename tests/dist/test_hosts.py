@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from azr_jax.config import Config, ExecutorConfig, LearnConfig
+from azr_jax.dist import hosts
 from azr_jax.dist import join as joining
-from azr_jax.dist.hosts import facts
+from azr_jax.dist.hosts import Hosts, facts, require_shared
 from azr_jax.dist.join import from_environment, join
-from azr_jax.errors import ConfigError
+from azr_jax.errors import ConfigError, UserError
+from tests.hosts import on_hosts
 from tests.learn.test_two_processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -222,3 +224,21 @@ def test_facts_name_what_differs_and_leave_the_machine_out() -> None:
     other = facts(Config(learn=LearnConfig(lr=1e-3)))
     assert {name for name in same if same[name] != other[name]} == {"learn.lr"}
     assert {"azr_jax", "jax", "numpy", "Python"} <= same.keys()
+
+
+def test_a_run_folder_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "SHARED_SECONDS", 0.5)
+
+    def play(we: Hosts, name: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        try:
+            require_shared(folder, we)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert on_hosts(3, lambda we: play(we, "shared")) == ["", "", ""]
+    assert not list((tmp_path / "shared").iterdir())
+    said = on_hosts(3, lambda we: play(we, f"of {min(we.index, 1)}"))
+    assert all("cannot be read on host 1, 2; run_dir has to be" in str(text) for text in said)
