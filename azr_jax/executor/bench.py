@@ -1,7 +1,7 @@
 """What the executor does a second on this machine, against the floor: a bare fork of the same warm interpreter.
 
-Both are taken in one run, one after the other, on as many cores as the pool has workers, because a machine's speed
-changes from minute to minute and only their ratio travels.
+Both are taken in one run, in turns of half a second, on as many cores as the pool has workers, because a machine's
+speed changes from second to second and only their ratio travels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from azr_jax.executor.pool import ExecutorPool
 from azr_jax.executor.protocol import Request, Verdict
 from azr_jax.executor.worker import environment, python_command
 
-_BATCH = 512
+_BATCH = 256
+_TURN_SECONDS = 0.5
 _PROGRAM = """def f(items):
     total = {n}
     for item in items:
@@ -34,9 +35,7 @@ def measure(config: ExecutorConfig, seconds: float) -> dict[str, float]:
     """
     with ExecutorPool(config) as pool:
         pool.run_all(_distinct(0, 64))
-        floor = _floor(config.workers, seconds / 2)
-        runs = _rate(pool, seconds)
-        floor = (floor + _floor(config.workers, seconds / 2)) / 2  # half before and half after, as the machine drifts
+        runs, floor = _rates(pool, config.workers, seconds)
         calls = _calls(pool, seconds)
         idle = _latencies(pool, seconds / 2, load=0)
         loaded = _latencies(pool, seconds / 2, load=4 * config.workers)
@@ -65,12 +64,17 @@ def _distinct(first: int, count: int) -> list[Request]:
     ]
 
 
-def _rate(pool: ExecutorPool, seconds: float) -> float:
-    done, start = 0, time.monotonic()
-    while time.monotonic() - start < seconds:
-        _check(pool.run_all(_distinct(1_000_000 + done, _BATCH)))
-        done += _BATCH
-    return done / (time.monotonic() - start)
+def _rates(pool: ExecutorPool, workers: int, seconds: float) -> tuple[float, float]:
+    """Runs a second of the pool and of the floor, each for `seconds` in all, by turns."""
+    done, spent, floors = 0, 0.0, []
+    while spent < seconds:
+        floors.append(_floor(workers, _TURN_SECONDS))
+        start = time.monotonic()
+        while time.monotonic() - start < _TURN_SECONDS:
+            _check(pool.run_all(_distinct(1_000_000 + done, _BATCH)))
+            done += _BATCH
+        spent += time.monotonic() - start
+    return done / spent, len(floors) / sum(1 / floor for floor in floors)  # both: runs by time
 
 
 def _calls(pool: ExecutorPool, seconds: float) -> float:
