@@ -104,8 +104,10 @@ class Broker:
 
     def _greet(self) -> None:
         """Say once which layers hold, or refuse to work."""
+        if self._greeted:
+            return
         worker = next((worker for worker in self._crew.workers if worker.ready), None)
-        if self._greeted or worker is None:
+        if worker is None:
             return
         self._greeted = True
         missing = [layer for layer in MANDATORY if not worker.layers.get(layer)]
