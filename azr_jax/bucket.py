@@ -68,9 +68,12 @@ class Objects:
     """The objects below one path. Names are relative to it. Errors are those of TensorStore: ValueError."""
 
     def __init__(self, path: object) -> None:
-        """path: gs://bucket/folder; nothing is asked of the bucket yet."""
+        """path: gs://bucket/folder; nothing is asked of the bucket yet. UserError: no bucket can have that name."""
         bucket, key = split(path)
-        self._store = tensorstore.KvStore.open({"driver": "gcs", "bucket": bucket, "path": f"{key}/"}).result()
+        try:
+            self._store = tensorstore.KvStore.open({"driver": "gcs", "bucket": bucket, "path": f"{key}/"}).result()
+        except ValueError as error:
+            raise UserError(f"{path}: {bucket!r} is no name of a bucket", exit_code=2) from error
 
     def names(self, below: str = "") -> list[str]:
         """Of all objects, or of those whose name begins with `below`, sorted."""

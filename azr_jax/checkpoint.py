@@ -56,6 +56,8 @@ STORAGE_TROUBLE = {
     errno.EEXIST: "a file is in the way",
     errno.EIO: "input/output error",
 }
+#: What errors begin with that say nothing about what was saved: no memory for it, a bucket that does not answer.
+PASSING_TROUBLE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNAUTHENTICATED")
 #: What the best checkpoint is best at: sampled pass@1 on the fixed held-out set, all kinds together.
 BEST_BY = "eval/sampled/pooled"
 
@@ -114,6 +116,11 @@ class Checkpointer:
         with self._storage("read"):
             return self._shelf.steps()
 
+    @property
+    def under_way(self) -> set[int]:
+        """The step that is being written, if one is."""
+        return set() if self._under_way is None else {self._under_way}
+
     def latest(self) -> int | None:
         """Step of the newest checkpoint, or None. `restore` may have to settle for an older one."""
         steps = self.steps()
@@ -136,10 +143,10 @@ class Checkpointer:
         """
         self.wait()
         text = json.dumps(extra)
-        self._under_way, self._best = step, frozenset(best)
         record = {"extra": json.loads(text), "sha256": _sha256(text), "leaves": describe(state, fingerprints(state))}
         items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(record)}
         with self._storage():
+            self._under_way, self._best = step, frozenset(best)
             if jax.process_index() == 0:
                 self._shelf.tidy()
                 if self._shelf.has(step):  # a resume found it damaged
@@ -156,7 +163,7 @@ class Checkpointer:
         with self._storage():
             self._orbax.wait_until_finished()
             self._under_way = None
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 and self._shelf.has(step):  # an error is told once: it may be another's
                 self._prune(step)
         self._silence.close()  # after a failure its threads go on complaining
 
@@ -199,6 +206,11 @@ class Checkpointer:
                 except UserError:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+                    if str(error).startswith(PASSING_TROUBLE):
+                        raise UserError(
+                            f"cannot read checkpoint {self.path(step)}: {_first_line(error)}. It may be whole, so no "
+                            "older one is taken for it; try again"
+                        ) from error
                     logger.warning("skipping checkpoint %s, it cannot be read: %s", self.path(step), _first_line(error))
                 gc.collect()  # what Orbax abandoned goes here and now, quietly
         if not steps:
@@ -288,12 +300,13 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            cause = _storage_trouble(error)
+            if doing == "write":
+                self._under_way = None
+            cause = _storage_trouble(error, bucket.is_bucket(self.folder))
             if cause is None:
                 raise
             if doing == "read":
                 raise UserError(f"cannot read checkpoints in {self.folder}: {cause}") from error
-            self._under_way = None
             older = None
             with contextlib.suppress(OSError, ValueError, UserError):
                 if jax.process_index() == 0:
@@ -361,13 +374,13 @@ def _first_line(error: Exception) -> str:
     return line.partition(" See full TensorStore details")[0][:300]  # what Orbax adds there is the name of a method
 
 
-def _storage_trouble(error: BaseException | None) -> str | None:
-    """What is wrong with the disk, in words, or None if the error is of another sort.
+def _storage_trouble(error: BaseException | None, on_bucket: bool) -> str | None:
+    """What is wrong with the disk or bucket, in words, or None if the error is of another sort.
 
     TensorStore reports the operating system's error as text in a ValueError, Orbax chains others.
     """
     while error is not None:
-        if (cause := bucket.trouble(error)) is not None:
+        if on_bucket and (cause := bucket.trouble(error)) is not None:
             return cause
         if isinstance(error, OSError) and error.errno is not None:
             return STORAGE_TROUBLE.get(error.errno, str(error))

@@ -41,7 +41,8 @@ class Mirror:
         Rollouts, which are many and never change, are not fetched twice; unless the copy is of another run.
         """
         try:
-            there = [name for name in self._objects.names() if not name.startswith(NOT_MIRRORED)]
+            names = [name for name in self._objects.names() if name and name[-1] != "/"]  # the others mark folders
+            there = [name for name in names if not name.startswith(NOT_MIRRORED)]
             config = self._objects.read(CONFIG)
             if config is None and there:
                 raise UserError(f"{self.url} holds no run (no {CONFIG}) and is not empty; choose another run_dir")

@@ -40,13 +40,15 @@ class GracefulStop:
             while step < steps and not stop.requested:
                 ...
 
-    `busy` tells whether the process must not end although its time is up: a checkpoint is being written. Outside the
-    main thread, where Python allows no handlers, it does nothing and `requested` stays false.
+    `busy` tells whether the process must not end although its time is up: a checkpoint is being written. `farewell` is
+    called with the exit code before it does end. Outside the main thread, where Python allows no handlers, it does
+    nothing and `requested` stays false.
     """
 
     def __init__(self, grace: float = GRACE_SECONDS) -> None:
         """grace: seconds from SIGTERM to the end of a process that is not `busy`."""
         self.busy: Callable[[], bool] = lambda: False
+        self.farewell: Callable[[int], None] = lambda code: None
         self._grace = grace
         self._signal: signal.Signals | None = None
         self._told = False  # the user, that a signal came
@@ -127,6 +129,7 @@ class GracefulStop:
                 if select.select([signals], [], [], 0.1)[0] and not signals.read(1):
                     return  # the block was left in time
         self._say("what is under way takes too long and is given up; resumable: run the same command again")
+        self.farewell(EXIT_CODES[signal.SIGTERM])
         os._exit(EXIT_CODES[signal.SIGTERM])
 
     def _say(self, message: str) -> None:

@@ -337,13 +337,18 @@ def _save(checkpoints: Checkpointer, number: int, state: TrainState, run: Run, f
 
 def _is_due(run: Run, checkpoints: Checkpointer, number: int) -> bool:
     """Whether a step is to be saved now; the first host, which knows all scores, decides for all."""
-    due = number % run.config.checkpoint.every == 0 or number in _best(run, checkpoints, number)
-    return run.hosts.leads and due
+    if not run.hosts.leads:
+        return False
+    evaluated = number in run.scores
+    return number % run.config.checkpoint.every == 0 or (evaluated and number in _best(run, checkpoints, number))
 
 
 def _best(run: Run, checkpoints: Checkpointer, number: int) -> list[int]:
     """The steps to keep because they are the best, this one included if it is to be saved for that."""
-    return best_steps(run.scores, {*checkpoints.steps(), number}, run.config.checkpoint.keep_best)
+    if not run.scores:  # no evaluation, or another host's
+        return []
+    known = {*checkpoints.steps(), *checkpoints.under_way, number}
+    return best_steps(run.scores, known, run.config.checkpoint.keep_best)
 
 
 def _timed_evaluation(run: Run, state: TrainState, number: int) -> dict[str, float]:

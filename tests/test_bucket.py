@@ -64,6 +64,11 @@ def test_a_bucket_alone_is_no_run_folder(path: str) -> None:
         split(path)
 
 
+def test_a_name_that_no_bucket_has() -> None:
+    with pytest.raises(UserError, match="'Bad_Bucket!' is no name of a bucket"):
+        Objects("gs://Bad_Bucket!/run")
+
+
 def test_checkpoints_are_the_same_as_on_a_disk(gcs: FakeGcs) -> None:
     with Checkpointer(PLACE, keep=2) as keeper:
         assert keeper.restore(state(0)) is None

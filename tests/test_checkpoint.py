@@ -138,6 +138,21 @@ def test_what_was_saved_may_be_donated_at_once(tmp_path):
         np.testing.assert_array_equal(found[1]["w"], np.full((512, 1024), step, np.float32))
 
 
+def test_a_save_that_fails_for_any_reason_removes_nothing(tmp_path, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError("no room for the copy")
+
+    with pytest.raises(MemoryError), Checkpointer(tmp_path, 1) as keeper:
+        save(keeper, 1, make_state(mesh_of(1)), {})
+        keeper.wait()
+        monkeypatch.setattr(keeper._orbax, "save", fail)
+        keeper.save(2, make_state(mesh_of(1)), {})
+    assert Checkpointer(tmp_path, 1).steps() == [1]
+    keeper._under_way = 2  # a thread of Orbax failed, and told somebody else
+    keeper.wait()
+    assert keeper.steps() == [1]
+
+
 def test_saves_do_not_overlap_and_leaving_waits(tmp_path):
     with Checkpointer(tmp_path, keep=2) as keeper:
         for step in (1, 2, 3):

@@ -193,7 +193,7 @@ def test_a_host_that_is_killed_ends_the_run_on_all(runs: Runs) -> None:
     (code, log), _ = runs.killed
     assert f"resuming after step {runs.stopped_at}" in log
     (line,) = [line for line in log.splitlines() if line.startswith("azr-jax:")]
-    assert code == 1 and "host 1 has been silent" in line and "resumes" in line and "Traceback" not in log
+    assert code == 75 and "host 1 has been silent" in line and "resumes" in line and "Traceback" not in log
 
 
 def test_a_damaged_checkpoint_is_skipped_by_all_hosts(runs: Runs) -> None:

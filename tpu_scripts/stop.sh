@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# stop.sh [--dry-run]: lets the run finish its step, save a checkpoint and upload. launch.sh goes on from there.
+# stop.sh [--dry-run]: has the run give up its step, save a checkpoint and upload. launch.sh goes on from there.
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 

@@ -30,7 +30,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from azr_jax import __version__
 from azr_jax.config import Config
-from azr_jax.dist.watch import ADVICE, Stop, Store, Watch, quietly
+from azr_jax.dist.watch import ADVICE, GONE, Stop, Store, Watch, quietly
 from azr_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class Hosts:
         self._stop = stop
         if self._watch is not None:
             self._watch.relay(stop)
+            stop.farewell = self._watch.farewell
 
     def gather(self, what: str, data: bytes | None, **same: str) -> list[bytes] | None:
         """What every host gives, in the order of hosts; None on all of them if one gave None (it has to stop).
@@ -141,8 +142,8 @@ class Hosts:
             if other["what"] != notes[0]["what"]:
                 there = f"host {host} is at {other['what']}, host 0 at {notes[0]['what']}"
                 raise UserError(f"the hosts have come apart: {there}. {ADVICE}")
-            for name, value in other["same"].items():
-                first = notes[0]["same"].get(name)
+            for name in sorted(other["same"].keys() | notes[0]["same"].keys()):
+                value, first = other["same"].get(name), notes[0]["same"].get(name)
                 if value != first:
                     there = f"{name} is {value} on host {host} and {first} on host 0"
                     raise UserError(f"the hosts have come apart ({what}): {there}. {ADVICE}")
@@ -158,7 +159,7 @@ class Hosts:
                 return self._store.blocking_key_value_get(f"azr_jax/note/{self._met}/{host}", 1000)
             except RuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    raise UserError(f"host 0, which coordinates all others, is gone. {ADVICE}") from error
+                    raise UserError(f"host 0, which coordinates all others, is gone. {ADVICE}", GONE) from error
             if time.monotonic() - warned > PATIENCE_SECONDS:
                 warned = time.monotonic()
                 log.warning("%s: host %d is being waited for since %.0f s", what, host, warned - began)

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ BEAT_SECONDS = 1.0
 #: Silence after which a host counts as dead. Longer than a thread is ever kept from running, and shorter than JAX's own
 #: patience (100 s), which ends in an abort.
 DEAD_SECONDS = 40.0
+#: Exit code of a host that could go on if another one were there (EX_TEMPFAIL of sysexits.h): try again.
+GONE = 75
 FAREWELL_SECONDS = 5.0  # how long host 0 waits for the others to learn of an end
 ROOM = "azr_jax/live/"
 ADVICE = "Start the same command on all hosts again: the run resumes from its last checkpoint"
@@ -47,6 +50,8 @@ class Store(Protocol):
 
 class Stop(Protocol):
     """What `relay` shares with the other hosts (azr_jax.signals.GracefulStop)."""
+
+    farewell: Callable[[int], None]
 
     @property
     def received(self) -> signal.Signals | None: ...
@@ -79,6 +84,10 @@ class Watch:
         self._closed.set()
         for thread in self._threads:
             thread.join()
+
+    def farewell(self, code: int) -> None:
+        """This host is about to end, told to stop and unable to save: so do all others."""
+        self._end("it was told to stop", code)
 
     def fail(self, message: str, code: int) -> None:
         """This host cannot go on, for this reason: all others end too. Returns when they know, or does not return.
@@ -136,7 +145,7 @@ class Watch:
 
     def _code(self) -> int:
         """Of an end that is another host's: one that was told to stop and did, before us, is no failure."""
-        return self._stop.exit_code if self._stop is not None and self._stop.received is not None else 1
+        return self._stop.exit_code if self._stop is not None and self._stop.received is not None else GONE
 
     def _end(self, message: str, code: int, dead: int = 0) -> None:
         """All hosts learn of this end, or of the one that was there before. Host 0, who keeps the store, goes last.
@@ -157,13 +166,17 @@ class Watch:
 
 def leave(message: str, code: int = 1) -> NoReturn:
     """End this process, whatever its main thread is doing, with one line on stderr."""
-    sys.stdout.flush()
-    os.write(2, f"azr-jax: error: {message}\n".encode())
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        os.write(2, f"azr-jax: error: {message}\n".encode())
+    finally:  # also where nobody can be told: a full disk, a closed pipe
+        os._exit(code)
 
 
 def quietly(code: int) -> NoReturn:
     """For `atexit`: end with this code without taking leave of hosts that are not there any more."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

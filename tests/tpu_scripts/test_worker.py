@@ -211,6 +211,14 @@ def test_a_failing_run_says_so(host):
     assert (host.fake / "bucket/my-bucket/azr/demo/metrics.jsonl").exists()  # what there is, is kept
 
 
+def test_a_run_that_lost_another_host_can_be_started_again(host):
+    active(host)
+    host.program("azr-jax", "exit 75")
+    start(host)
+    until(lambda: ended(host))
+    assert state(host).startswith("worker 0 run: stopped")
+
+
 def test_a_bucket_that_cannot_be_read_starts_nothing(host):
     refusal = {"err": "ERROR: HTTPError 403: no permission\n", "code": 1}
     host.replies(queue=[{"out": "ACTIVE\n"}], node=[{"out": "READY\n"}], ls=[refusal])

@@ -33,6 +33,7 @@ wait "$trainer" || code=$?
 [[ $stopped$code != yes143 ]] || code=0 # stopped before train could catch it: nothing was done, so nothing is lost
 kill -- "-$uploads" 2>/dev/null || :
 for _ in 1 2 3; do if upload; then uploaded=yes; break; fi; sleep 10; done
+((code != 75)) || { code=1; end 'stopped (another host is gone)'; }
 ((code == 0)) || end "failed (exit code $code)"
 [[ ${uploaded:-no} == yes ]] || { code=1; end "failed (the last upload)"; }
 if [[ $stopped == yes ]]; then end stopped; else end finished; fi
