@@ -92,8 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.refused("POST", key):
             return
         with self.gcs.lock:
-            generation = self.gcs.objects.get(key, (b"", 0))[1]
-            if query.get("ifGenerationMatch", str(generation)) != str(generation):
+            if self.outdated(key, query):
                 return self.answer(412)
             self.gcs.generation += 1
             self.gcs.objects[key] = body, self.gcs.generation
@@ -105,8 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.refused("DELETE", key):
             return
         with self.gcs.lock:
-            generation = self.gcs.objects.get(key, (b"", 0))[1]
-            if query.get("ifGenerationMatch", str(generation)) != str(generation):
+            if self.outdated(key, query):
                 return self.answer(412)
             gone = self.gcs.objects.pop(key, None)
         self.answer(404 if gone is None else 204)
@@ -116,6 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         bucket, _, name = parts.path.partition("/b/")[2].partition("/o")
         return f"{bucket}/{unquote(name.removeprefix('/'))}", query
+
+    def outdated(self, key: str, query: dict[str, str]) -> bool:
+        """Whether a change asks for another generation of the object than there is."""
+        generation = str(self.gcs.objects.get(key, (b"", 0))[1])
+        return query.get("ifGenerationMatch", generation) != generation
 
     def refused(self, method: str, key: str) -> bool:
         self.gcs.requests.append((method, key))

@@ -220,6 +220,7 @@ def test_what_is_on_the_bucket_is_what_counts(gcs: FakeGcs, tmp_path: Path, monk
         folder.push()
     assert gcs.names("bucket/runs/demo/") == ["bucket/runs/demo/config.yaml", "bucket/runs/demo/metrics.jsonl"]
     gcs.objects.clear()
+    gcs.objects["bucket/runs/demo/"] = b"", 1  # what the console makes for a folder
     with RunFolder.open(url, text) as folder:
         assert folder.read_metrics() == [] and folder.checkpoints == f"{url}/checkpoints"
     with pytest.raises(ConfigError, match="seed"), RunFolder.open(url, text) as folder:
