@@ -62,17 +62,17 @@ PASSING_TROUBLE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "AB
 BEST_BY = "eval/sampled/pooled"
 
 
-def best_steps(scores: Mapping[int, float], saved: Collection[int], count: int) -> list[int]:
-    """The `count` of the steps in `saved` with the highest scores ({step: BEST_BY}), best first.
+def best_step(scores: Mapping[int, float], saved: Collection[int]) -> int | None:
+    """The step in `saved` with the highest score ({step: BEST_BY}); None if none has one.
 
     Of equals the earlier one: what came after it made no difference there and may have elsewhere.
     """
     known = [step for step in saved if step in scores]
-    return sorted(known, key=lambda step: (-scores[step], step))[:count]
+    return min(known, key=lambda step: (-scores[step], step), default=None)
 
 
 class Checkpointer:
-    """Saves and restores checkpoints in one folder; keeps the newest `keep` of them, and those said to be the best.
+    """Saves and restores checkpoints in one folder; keeps the newest `keep` of them, and the one said to be the best.
 
     A context manager: leaving it waits for a save under way. With several hosts every method must be called by every
     host, and the folder must be one they all share.
@@ -96,7 +96,7 @@ class Checkpointer:
             ),
         )
         self._under_way: int | None = None  # step of the save that was not waited for yet
-        self._best: frozenset[int] = frozenset()
+        self._best: int | None = None
         self._silence = contextlib.ExitStack()  # what Orbax would say in its thread
 
     def __enter__(self) -> Checkpointer:
@@ -130,12 +130,12 @@ class Checkpointer:
         """Folder of one checkpoint."""
         return self.folder / step_name(step)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any], best: Collection[int] = ()) -> None:
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], best: int | None = None) -> None:
         """Begins to write one checkpoint; `wait`, or the next `save`, says whether it worked.
 
         state: pytree of jax arrays, any shardings (random keys as `jax.random.key_data`), copied before this returns:
-        it may be donated at once. Host memory has to hold that copy. extra: JSON-able. best: steps to keep whatever
-        their age. A checkpoint of the same step is replaced, and later ones, which only a resume that found them
+        it may be donated at once. Host memory has to hold that copy. extra: JSON-able. best: a step to keep whatever
+        its age. A checkpoint of the same step is replaced, and later ones, which only a resume that found them
         damaged can leave behind, are removed.
 
         Raises: UserError if the disk is full or not writable, now or in the save before (earlier checkpoints stay),
@@ -146,7 +146,7 @@ class Checkpointer:
         record = {"extra": json.loads(text), "sha256": _sha256(text), "leaves": describe(state, fingerprints(state))}
         items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(record)}
         with self._storage():
-            self._under_way, self._best = step, frozenset(best)
+            self._under_way, self._best = step, best
             if jax.process_index() == 0:
                 self._shelf.tidy()
                 if self._shelf.has(step):  # a resume found it damaged
@@ -324,7 +324,7 @@ class Checkpointer:
         before = [step for step in steps if step < saved]
         excess = before[: max(0, len(before) - (self.keep - 1))] + [step for step in steps if step > saved]
         for step in excess:
-            if step not in self._best:
+            if step != self._best:
                 self._shelf.remove(step)
 
 

@@ -44,8 +44,7 @@ class LearnConfig:
     """The policy-gradient update: AdamW on one clipped, token-mean, strictly on-policy step."""
 
     lr: float = 1e-6  #: peak learning rate
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  #: decay from lr over `steps`
-    final_lr: float = 0.0  #: learning rate at the last step, as a share of lr (linear, cosine)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  #: decay from lr to 0 over `steps`
     warmup: int = 0  #: steps of linear warm-up
     beta1: float = 0.9  #: decay of Adam's first moment
     beta2: float = 0.999  #: decay of Adam's second moment
@@ -95,11 +94,10 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """In-training evaluation on fixed sets of held-out micro programs."""
+    """Evaluation on held-out micro programs: a fixed set in training, fresh ones before against after at the end."""
 
-    every: int = 0  #: steps between evaluations; 0: never
-    per_kind: int = 500  #: held-out programs of each kind
-    final_per_kind: int = 0  #: fresh held-out programs of each kind for the table before/after at the end; 0: none
+    every: int = 0  #: steps between evaluations; 0: never, and no table at the end
+    per_kind: int = 500  #: held-out programs of each kind; twice as many fresh ones for the table at the end
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class CheckpointConfig:
     """Saving the whole state as one atomic step."""
 
     every: int = 10  #: steps between saves
-    keep: int = 3  #: newest checkpoints kept
-    keep_best: int = 1  #: checkpoints kept besides: those with the best eval/sampled/pooled, where eval.every is set
+    keep: int = 3  #: newest checkpoints kept, besides the one with the best eval/sampled/pooled (see eval.every)
 
 
 Control = Literal["none", "no_updates", "random_rewards", "frozen_proposer", "constant_learnability"]

@@ -51,17 +51,14 @@ AT_LEAST = {
     "mesh.tensor": 0,
     "eval.every": 0,
     "eval.per_kind": 1,
-    "eval.final_per_kind": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
-    "checkpoint.keep_best": 0,
 }
 #: Interval of every float key: its brackets, lowest and highest value.
 INTERVALS = {
     "rollout.temperature": ("()", 0.0, math.inf),
     "rollout.cache_gb": ("[)", 0.0, math.inf),
     "learn.lr": ("()", 0.0, 1.0),
-    "learn.final_lr": ("[]", 0.0, 1.0),
     "learn.dual_clip": ("[)", 0.0, math.inf),
     "learn.kl_coef": ("[)", 0.0, math.inf),
     "learn.importance_cap": ("[)", 0.0, math.inf),

@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 from jax.sharding import SingleDeviceSharding
 
-from azr_jax.checkpoint import BEST_BY, Checkpointer, best_steps
+from azr_jax.checkpoint import BEST_BY, Checkpointer, best_step
 from azr_jax.errors import UserError
 from azr_jax.models.config import ARCHITECTURES, ModelConfig
 from azr_jax.models.families import weight_table
@@ -155,10 +155,9 @@ def find_source(source: str, step: int | str | None) -> Source:
         raise UserError(f"{run} holds no checkpoint yet")
     if step == "best":
         rows = read_rows(run / "metrics.jsonl")
-        best = best_steps({row["step"]: row[BEST_BY] for row in rows if row.get(BEST_BY) is not None}, steps, 1)
-        if not best:
+        step = best_step({row["step"]: row[BEST_BY] for row in rows if row.get(BEST_BY) is not None}, steps)
+        if step is None:
             raise UserError(f"--step best: no checkpoint of {run} was evaluated ({BEST_BY}; see eval.every)")
-        step = best[0]
     chosen = int(named.group(1)) if named else steps[-1] if step is None else step
     if chosen not in steps:
         raise UserError(f"{run} holds no checkpoint of step {chosen}; it has {', '.join(map(str, steps))}")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from azr_jax.attempts import Step
 from azr_jax.bucket import is_bucket
-from azr_jax.checkpoint import BEST_BY, Checkpointer, best_steps
+from azr_jax.checkpoint import BEST_BY, Checkpointer, best_step
 from azr_jax.config import PRESETS, Config
 from azr_jax.config_loader import config_to_yaml
 from azr_jax.dist.hosts import Hosts, facts, require_shared
@@ -95,7 +95,7 @@ class Run:
         self.selfplay = SelfPlay(config, self.engine, pool, self.prompts, held_out, self.hosts)
         self.pool = pool
         self.evaluation = FixedEvaluation(config.eval.per_kind) if self.micro and config.eval.every else None
-        if not self.micro and (config.eval.every or config.eval.final_per_kind):
+        if not self.micro and config.eval.every:
             log.warning("no evaluation: the held-out micro programs are for models of the compact prompt format")
         self.reference: Params | None = None
         if config.learn.kl != "none":
@@ -340,15 +340,14 @@ def _is_due(run: Run, checkpoints: Checkpointer, number: int) -> bool:
     if not run.hosts.leads:
         return False
     evaluated = number in run.scores
-    return number % run.config.checkpoint.every == 0 or (evaluated and number in _best(run, checkpoints, number))
+    return number % run.config.checkpoint.every == 0 or (evaluated and number == _best(run, checkpoints, number))
 
 
-def _best(run: Run, checkpoints: Checkpointer, number: int) -> list[int]:
-    """The steps to keep because they are the best, this one included if it is to be saved for that."""
+def _best(run: Run, checkpoints: Checkpointer, number: int) -> int | None:
+    """The step to keep because it is the best: this one if it is to be saved for that."""
     if not run.scores:  # no evaluation, or another host's
-        return []
-    known = {*checkpoints.steps(), *checkpoints.under_way, number}
-    return best_steps(run.scores, known, run.config.checkpoint.keep_best)
+        return None
+    return best_step(run.scores, {*checkpoints.steps(), *checkpoints.under_way, number})
 
 
 def _timed_evaluation(run: Run, state: TrainState, number: int) -> dict[str, float]:
@@ -370,11 +369,11 @@ def _machine_metrics(run: Run) -> dict[str, float]:
 def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
     """The table before/after and the report."""
     lines = comparisons(folder.read_metrics())
-    if run.micro and run.config.eval.final_per_kind:
+    if run.evaluation:
         log.info("comparing before and after on fresh held-out tasks")
         before = run.evaluator(run.first_weights())
         after = run.evaluator(state.params)
-        lines = fresh_comparison(before, after, run.config.eval.final_per_kind, run.config.seed)
+        lines = fresh_comparison(before, after, 2 * run.config.eval.per_kind, run.config.seed)
         folder.write_outcome(to_json(lines))
     if lines:
         log.info("held-out tasks, before and after:\n%s", before_after_table(lines))

@@ -53,7 +53,7 @@ from azr_jax.telemetry.run_folder import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["tasks.seed_factor=1", "tasks.batch=2", "rollout.slots=16", "executor.workers=1", "checkpoint.every=1"]
-SMALL += ["eval.every=3", "eval.per_kind=4", "eval.final_per_kind=4", "tasks.samples=2"]
+SMALL += ["eval.every=3", "eval.per_kind=4", "tasks.samples=2"]
 PHASES = ("boot", "start", "seed", "restore", "decode", "execute", "update", "write", "save", "evaluate", "finish")
 WHOLE = ("seed", "evaluate", "finish")  # they decode and execute too
 #: Phase -> the longest wait, in seconds, between entering it and the kill; some moments fall into the phase after it.

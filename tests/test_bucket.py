@@ -73,7 +73,7 @@ def test_checkpoints_are_the_same_as_on_a_disk(gcs: FakeGcs) -> None:
     with Checkpointer(PLACE, keep=2) as keeper:
         assert keeper.restore(state(0)) is None
         for step in (1, 2, 3):
-            keeper.save(step, state(step), {"step": step}, best=[1])
+            keeper.save(step, state(step), {"step": step}, best=1)
     keeper = Checkpointer(PLACE, keep=2)
     assert keeper.steps() == [1, 2, 3] and keeper.read_extra(2) == {"step": 2}
     found = keeper.restore(state(0))

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from azr_jax.checkpoint import Checkpointer, best_steps
+from azr_jax.checkpoint import Checkpointer, best_step
 from azr_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def abstract(mesh: Mesh) -> dict:
     )
 
 
-def save(keeper: Checkpointer, step: int, state: Any, extra: dict, best: tuple[int, ...] = ()) -> None:
+def save(keeper: Checkpointer, step: int, state: Any, extra: dict, best: int | None = None) -> None:
     keeper.save(step, state, extra, best)
     keeper.wait()
 
@@ -111,14 +111,14 @@ def test_keeps_the_newest(tmp_path):
 def test_keeps_the_best_as_long_as_it_is_said_to_be(tmp_path):
     keeper = Checkpointer(tmp_path, keep=2)
     for step in range(1, 6):
-        save(keeper, step, make_state(mesh_of(1)), {}, best=(1, 2) if step < 5 else (2,))
-    assert keeper.steps() == [2, 4, 5]
+        save(keeper, step, make_state(mesh_of(1)), {}, best=1 if step < 4 else 2)
+        assert keeper.steps() == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [2, 4, 5]][step - 1]
 
 
-def test_the_best_are_those_with_the_highest_score_and_of_equals_the_earlier():
+def test_the_best_has_the_highest_score_and_is_the_earlier_of_equals():
     scores = {0: 0.1, 3: 0.4, 6: 0.4, 9: 0.3}
-    assert best_steps(scores, [0, 3, 6, 9, 10], 3) == [3, 6, 9]
-    assert best_steps(scores, [10, 6, 0], 1) == [6] and best_steps(scores, [10], 1) == [] == best_steps({}, [1], 2)
+    assert best_step(scores, [0, 3, 6, 9, 10]) == 3 and best_step(scores, [10, 6, 0]) == 6
+    assert best_step(scores, [10]) is None and best_step({}, [1]) is None
 
 
 def test_what_was_saved_may_be_donated_at_once(tmp_path):

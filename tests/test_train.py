@@ -24,8 +24,7 @@ from azr_jax.train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs/debug_cpu.yaml")
-SMALL = ["tasks.seed_factor=1", "executor.workers=1", "eval.every=3", "eval.per_kind=4", "checkpoint.every=2"]
-SMALL += ["checkpoint.keep_best=0"]
+SMALL = ["tasks.seed_factor=1", "executor.workers=1", "eval.every=2", "eval.per_kind=4", "checkpoint.every=2"]
 
 
 def command(run_dir: Path, *overrides: str) -> list[str]:

@@ -18,9 +18,9 @@ from azr_jax.models.transformer import Spec
 
 
 def learning_rate(config: LearnConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update 0, 1, ...: `warmup` linear steps up to lr, then the schedule down to final_lr * lr.
+    """Learning rate of update 0, 1, ...: `warmup` linear steps up to lr, then the schedule down to 0.
 
-    The last of `steps` updates has the final rate; later ones keep it.
+    The last of `steps` updates has that final rate; later ones keep it.
     """
     body = _decay(config, max(steps - 1 - config.warmup, 1))
     if config.warmup == 0:
@@ -31,14 +31,13 @@ def learning_rate(config: LearnConfig, steps: int) -> optax.Schedule:
 
 
 def _decay(config: LearnConfig, updates: int) -> optax.Schedule:
-    """From lr at update 0 to final_lr * lr after `updates` more."""
-    final = config.lr * config.final_lr
+    """From lr at update 0 to 0 after `updates` more."""
     if config.schedule == "constant":
         return optax.constant_schedule(config.lr)
     if config.schedule == "cosine":
-        return optax.cosine_decay_schedule(config.lr, updates, alpha=config.final_lr)
-    linear = optax.linear_schedule(config.lr, final, updates)
-    return lambda count: jnp.maximum(linear(count), final)  # rounding must not carry it below, to a negative rate
+        return optax.cosine_decay_schedule(config.lr, updates)
+    linear = optax.linear_schedule(config.lr, 0.0, updates)
+    return lambda count: jnp.maximum(linear(count), 0.0)  # rounding must not carry it below
 
 
 def decayed(specs: Any) -> Any:
@@ -69,22 +68,31 @@ def scale_by_adam(config: LearnConfig) -> optax.GradientTransformation:
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         wide = state._replace(mu=_cast(state.mu, jnp.float32), nu=_cast(state.nu, jnp.float32))
         updates, new = adam.update(gradient, wide, params)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), new.count))
-        return updates, new._replace(mu=stochastic_bfloat16(new.mu, keys[0]), nu=stochastic_bfloat16(new.nu, keys[1]))
+        key = jax.random.fold_in(jax.random.key(0), new.count)
+        mu, nu = stochastic_bfloat16(new.mu, new.nu, key)
+        return updates, new._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
 
 
-def stochastic_bfloat16(tree: Any, key: jax.Array) -> Any:
-    """Finite float32 arrays rounded to a neighbour in bfloat16, with the probability that makes the mean exact."""
+def stochastic_bfloat16(first: Any, second: Any, key: jax.Array) -> tuple[Any, Any]:
+    """Two trees of finite float32 arrays of the same shapes, rounded to a neighbour in bfloat16.
 
-    def rounded(index: int, x: jax.Array) -> jax.Array:
-        noise = jax.random.bits(jax.random.fold_in(key, index), x.shape, jnp.uint16).astype(jnp.uint32)
+    The probability is what makes the mean exact. An element takes 16 random bits, so one draw of 32 serves both trees.
+    """
+
+    def rounded(x: jax.Array, noise: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
         return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, [rounded(i, x) for i, x in enumerate(leaves)])
+    def both(index: int, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        noise = jax.random.bits(jax.random.fold_in(key, index), a.shape, jnp.uint32)
+        return rounded(a, noise & 0xFFFF), rounded(b, noise >> 16)
+
+    leaves, structure = jax.tree.flatten(first)
+    pairs = [both(i, a, b) for i, (a, b) in enumerate(zip(leaves, jax.tree.leaves(second), strict=True))]
+    firsts, seconds = zip(*pairs)
+    return jax.tree.unflatten(structure, firsts), jax.tree.unflatten(structure, seconds)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

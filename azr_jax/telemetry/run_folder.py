@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 #: Keys that may differ between two starts of one run: more steps extend it (unless the learning rate decays over them),
 #: a folder may be moved, and how much is kept does not change what is computed.
-FREE_KEYS = frozenset({"steps", "run_dir", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"})
+FREE_KEYS = frozenset({"steps", "run_dir", "checkpoint.every", "checkpoint.keep"})
 ROLLOUT_NAME = re.compile(r"step_(\d{6,})\.jsonl")
 
 

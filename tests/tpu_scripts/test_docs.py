@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tpu_scripts"
 FILES = sorted(FOLDER.rglob("*.sh"))
 SOURCED = {FOLDER / "settings.sh", FOLDER / "common.sh", FOLDER / "worker/common.sh"}
+#: On PATH, or beside the interpreter, where pip puts it.
+SHELLCHECK = shutil.which("shellcheck", path=f"{os.environ.get('PATH', '')}:{Path(sys.executable).parent}")
 COMMANDS = sorted(path.name for path in FOLDER.glob("*.sh") if path not in SOURCED)
 
 
@@ -36,10 +39,10 @@ def test_files(path):
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed; the extra `test` brings it on Linux")
 def test_shellcheck():
     names = [str(path.relative_to(ROOT)) for path in FILES]
-    done = subprocess.run(["shellcheck", "-x", *names], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, "-x", *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
