@@ -1,7 +1,7 @@
 """A run over several processes is the run that one process makes: the command as users start it, on CPU and loopback.
 
 Two hosts, one of them slow, told to stop in the middle, resumed, one of them killed, resumed again although the newest
-checkpoint is damaged by then; and four hosts.
+checkpoint is damaged by then; and four hosts, whose run a single one goes on with.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class Runs:
     resumed: list[tuple[int, str]]
     steps: int
     four: list[tuple[int, str]]
+    fewer: list[tuple[int, str]]  # one host, going on with the run of the four
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +140,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     steps = damaged + 1
     resumed = place.start("two", 2, f"steps={steps}", slow=0.05).end()
     four = place.start("four", 4, "steps=1").end()
+    fewer = place.start("four", 1, "steps=2").end()
     ((code, log),) = place.start("alone", 1, f"steps={steps}").end()
     assert code == 0, log
-    return Runs(place, ends[0], stopped_at, ends[1], damaged, resumed, steps, four)
+    return Runs(place, ends[0], stopped_at, ends[1], damaged, resumed, steps, four, fewer)
 
 
 def assert_the_same(place: Place, name: str, steps: int) -> None:
@@ -178,8 +180,11 @@ def test_two_hosts_make_the_run_of_one(runs: Runs) -> None:
 
 
 def test_four_hosts_make_the_run_of_one(runs: Runs) -> None:
+    """And so does one that takes it over from them."""
     assert [code for code, _ in runs.four] == [0] * 4, runs.four
-    assert_the_same(runs.place, "four", 1)
+    ((code, log),) = runs.fewer
+    assert code == 0 and "resuming after step 1" in log, log
+    assert_the_same(runs.place, "four", 2)
 
 
 def test_a_stop_of_one_host_stops_and_saves_on_all(runs: Runs) -> None:

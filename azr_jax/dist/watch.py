@@ -92,10 +92,15 @@ class Watch:
     def fail(self, message: str, code: int) -> None:
         """This host cannot go on, for this reason: all others end too. Returns when they know, or does not return.
 
-        If it cannot go on only because another host has gone, that is what is said instead, by ending here and now.
+        If it cannot go on only because another host has gone, that is what is said instead, by ending here and now. So
+        each of the others has to say that it is alive after what is there already, which a dead one may have left.
         """
-        began = time.monotonic()
-        while any(since < began for host, (_, since) in self._seen.items() if host != self._index):
+        others = [host for host in self._seen if host != self._index]
+        try:
+            left = {key: int(value) for key, value in self._store.key_value_dir_get(ROOM) if key[len(ROOM) :].isdigit()}
+        except RuntimeError:  # host 0 is gone; `_beat` ends this process
+            left = {f"{ROOM}{host}": sys.maxsize for host in others}
+        while any(int(self._seen[host][0] or 0) <= left.get(f"{ROOM}{host}", 0) for host in others):
             time.sleep(BEAT_SECONDS / 10)
         self._end(message, code)
         self._closed.set()
