@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 FAKE_DEVICES = "--xla_force_host_platform_device_count=8"
@@ -17,3 +19,23 @@ if FAKE_DEVICES not in os.environ.get("XLA_FLAGS", ""):
 # A shared machine is slow at times: no deadlines. The same examples on every run: a failure can be run again.
 settings.register_profile("azr_jax", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("azr_jax")
+
+#: Folders whose tests compare mathematics within a tolerance. Whether the engine gives the same bits whatever else it
+#: does, and a run after a kill, is a matter of what the compiler makes of them: those compile as users do.
+LITTLE_OPTIMIZED = {"learn", "models"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Half of the time of these tests would be the compiler's, for programs that run once."""
+    if request.path.parent.name not in LITTLE_OPTIMIZED:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes that they start
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # nothing compiled so is left to others
