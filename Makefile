@@ -29,7 +29,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy azr_jax
 
 model: $(VENV)/.installed
-	$(CPU_ENV) $(BIN)/azr-jax pretrain --out azr_jax/models/embedded
+	$(CPU_ENV) $(BIN)/azr-jax pretrain --out azr_jax/models/embedded --overwrite
 
 plan-all: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/plan_all.py

@@ -26,6 +26,7 @@ from azr_jax.errors import UserError
 
 SCHEME = "gs://"
 PROBE = "azr_jax_probe"  # an object that is never there
+PATIENCE_SECONDS = 180  # with one request; the largest object that goes through here has some tens of MB
 #: What TensorStore's messages begin with, in words.
 TROUBLE = {
     "PERMISSION_DENIED": "permission denied (this account needs roles/storage.objectAdmin on the bucket; where there "
@@ -34,7 +35,8 @@ TROUBLE = {
     "NOT_FOUND": "no such bucket",
     "RESOURCE_EXHAUSTED": "too many requests, or a quota is used up",
     "UNAVAILABLE": "the bucket cannot be reached",
-    "DEADLINE_EXCEEDED": "the bucket does not answer",
+    "DEADLINE_EXCEEDED": "the bucket does not answer (no network? or no credentials, which gcloud auth "
+    "application-default login gets)",
     "ABORTED": "the bucket does not answer, tried many times",
 }
 
@@ -64,6 +66,14 @@ def mount() -> None:
     epath.register_path_cls(SCHEME)(_BucketPath)
 
 
+def _wait(future: Any) -> Any:
+    """What TensorStore promised; it asks for credentials, and a bucket without a network, for ever."""
+    try:
+        return future.result(timeout=PATIENCE_SECONDS)
+    except TimeoutError:
+        raise ValueError(f"DEADLINE_EXCEEDED: no answer for {PATIENCE_SECONDS} s") from None
+
+
 class Objects:
     """The objects below one path. Names are relative to it. Errors are those of TensorStore: ValueError."""
 
@@ -79,31 +89,31 @@ class Objects:
         """Of all objects, or of those whose name begins with `below`, sorted."""
         # TensorStore takes a listing that was refused for an empty one. To tell that an object does not exist takes the
         # right to list, so reading one is refused as well, and that is reported.
-        self._store.read(PROBE).result()
+        _wait(self._store.read(PROBE))
         end = below[:-1] + chr(ord(below[-1]) + 1) if below else ""
-        return sorted(name.decode() for name in self._store.list(tensorstore.KvStore.KeyRange(below, end)).result())
+        return sorted(name.decode() for name in _wait(self._store.list(tensorstore.KvStore.KeyRange(below, end))))
 
     def read(self, name: str) -> bytes | None:
         """Content of an object; None if there is none."""
-        found = self._store.read(name).result()
+        found = _wait(self._store.read(name))
         return None if found.state == "missing" else found.value
 
     def read_all(self, names: list[str]) -> Iterator[tuple[str, bytes]]:
         """(name, content) of those that exist, several on their way at a time."""
         for some in _batches(names):
-            for name, found in [(name, self._store.read(name)) for name in some]:
-                if found.result().state != "missing":
-                    yield name, found.result().value
+            for name, reading in [(name, self._store.read(name)) for name in some]:
+                if (found := _wait(reading)).state != "missing":
+                    yield name, found.value
 
     def write(self, name: str, content: bytes) -> None:
         """Whole or not at all."""
-        self._store.write(name, content).result()
+        _wait(self._store.write(name, content))
 
     def remove(self, names: list[str]) -> None:
         """Objects that are not there are no error."""
         for some in _batches(names):
             for done in [self._store.write(name, None) for name in some]:
-                done.result()
+                _wait(done)
 
 
 def _batches(names: list[str], size: int = 16) -> Iterator[list[str]]:
@@ -111,7 +121,7 @@ def _batches(names: list[str], size: int = 16) -> Iterator[list[str]]:
 
 
 class _Upload(io.BytesIO):
-    """A file that becomes an object when it is closed."""
+    """A file that becomes an object when it is closed, unless an error was the reason, or nobody closed it."""
 
     def __init__(self, folder: Objects, name: str) -> None:
         super().__init__()
@@ -119,8 +129,36 @@ class _Upload(io.BytesIO):
 
     def close(self) -> None:
         if not self.closed:
-            self._folder.write(self._name, self.getvalue())
+            content = self.getvalue()
+            self.give_up()  # whatever follows, there is no second try when Python clears it away
+            self._folder.write(self._name, content)
+
+    def give_up(self) -> None:
         super().close()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.give_up()
+
+    def __del__(self) -> None:
+        self.give_up()
+
+
+class _TextUpload(io.TextIOWrapper):
+    """The same for text."""
+
+    buffer: _Upload
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.buffer.give_up()
+
+    def __del__(self) -> None:
+        self.buffer.give_up()
 
 
 class _Backend(backend.Backend):
@@ -133,11 +171,11 @@ class _Backend(backend.Backend):
             if content is None:
                 raise FileNotFoundError(2, "no such object", str(path))
             file = io.BytesIO(content)
-        elif "a" in mode:
+            return file if "b" in mode else io.TextIOWrapper(file, "utf-8")
+        if "a" in mode:
             raise NotImplementedError("objects cannot be appended to")
-        else:
-            file = _Upload(folder, name)
-        return file if "b" in mode else io.TextIOWrapper(file, "utf-8", write_through=True)
+        upload = _Upload(folder, name)
+        return upload if "b" in mode else _TextUpload(upload, "utf-8", write_through=True)
 
     def exists(self, path: Any) -> bool:
         folder, name = _parent(path)

@@ -16,7 +16,6 @@ two checkpoints at once: a save waits for the one before.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import hashlib
 import json
@@ -33,7 +32,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from azr_jax import bucket
+from azr_jax import bucket, storage
 from azr_jax.dist.hosts import Hosts
 from azr_jax.errors import UserError
 from azr_jax.fingerprints import describe, fingerprints
@@ -44,20 +43,6 @@ logger = logging.getLogger(__name__)
 State = TypeVar("State")  # a pytree of jax arrays
 
 PATIENCE_SECONDS = 3600  # with the other hosts' part of a save; a slow bucket takes minutes
-#: Errors of the storage, not of the program, in the words of the operating system.
-STORAGE_TROUBLE = {
-    errno.ENOSPC: "no space left on device",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EFBIG: "file too large",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "operation not permitted",
-    errno.EROFS: "read-only file system",
-    errno.ENOTDIR: "not a directory",
-    errno.EEXIST: "a file is in the way",
-    errno.EIO: "input/output error",
-}
-#: What errors begin with that say nothing about what was saved: no memory for it, a bucket that does not answer.
-PASSING_TROUBLE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "UNAUTHENTICATED")
 #: What the best checkpoint is best at: sampled pass@1 on the fixed held-out set, all kinds together.
 BEST_BY = "eval/sampled/pooled"
 
@@ -206,10 +191,10 @@ class Checkpointer:
                 except UserError:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                    if str(error).startswith(PASSING_TROUBLE):
+                    if storage.may_be_whole(error):
                         raise UserError(
                             f"cannot read checkpoint {self.path(step)}: {_first_line(error)}. It may be whole, so no "
-                            "older one is taken for it; try again"
+                            "older one is taken for it. Put that right, or try again later"
                         ) from error
                     logger.warning("skipping checkpoint %s, it cannot be read: %s", self.path(step), _first_line(error))
                 gc.collect()  # what Orbax abandoned goes here and now, quietly
@@ -249,6 +234,8 @@ class Checkpointer:
         except UserError:
             raise
         except Exception as error:  # as in `restore`
+            if storage.may_be_whole(error):
+                raise UserError(f"cannot read checkpoint {self.path(step)}: {_first_line(error)}") from error
             others = ", ".join(str(other) for other in self.steps() if other != step)
             rest = f"; there are also steps {others} (--step N)" if others else ""
             raise UserError(f"checkpoint {self.path(step)} is damaged{rest}: {_first_line(error)}") from error
@@ -302,7 +289,7 @@ class Checkpointer:
         except Exception as error:
             if doing == "write":
                 self._under_way = None
-            cause = _storage_trouble(error, bucket.is_bucket(self.folder))
+            cause = storage.trouble(error, bucket.is_bucket(self.folder))
             if cause is None:
                 raise
             if doing == "read":
@@ -372,20 +359,3 @@ def _sha256(text: str) -> str:
 def _first_line(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line.partition(" See full TensorStore details")[0][:300]  # what Orbax adds there is the name of a method
-
-
-def _storage_trouble(error: BaseException | None, on_bucket: bool) -> str | None:
-    """What is wrong with the disk or bucket, in words, or None if the error is of another sort.
-
-    TensorStore reports the operating system's error as text in a ValueError, Orbax chains others.
-    """
-    while error is not None:
-        if on_bucket and (cause := bucket.trouble(error)) is not None:
-            return cause
-        if isinstance(error, OSError) and error.errno is not None:
-            return STORAGE_TROUBLE.get(error.errno, str(error))
-        for text in STORAGE_TROUBLE.values():
-            if text in str(error).lower():
-                return text
-        error = error.__cause__ or error.__context__
-    return None

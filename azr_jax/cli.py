@@ -1,7 +1,8 @@
 """The command line: arguments, logging, exit codes. No logic of its own.
 
 Every handler imports what it needs when it is called, so `--help` never loads JAX. Results go to stdout, logs and
-errors to stderr. Exit codes: 0 done, 1 failed, 2 bad usage or bad config, 3 the answer is no, 130 interrupted.
+errors to stderr. Exit codes: 0 done, 1 failed, 2 bad usage or bad config, 3 the answer is no, 75 another host
+of the run is gone, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -60,7 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"error: {error.strerror or error}{where}{hint}", FAILED, debug)
     except Exception as error:
+        if (missing := _no_devices()) is not None:
+            return _fail(f"error: {missing}", 2, debug)
         return _fail(f"internal error: {type(error).__name__}: {error}{hint}", FAILED, debug)
+
+
+def _no_devices() -> str | None:
+    """Why JAX has nothing to compute on, if that was the trouble. JAX says so in many ways, one of them empty."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:
+        wanted = os.environ.get("JAX_PLATFORMS")
+        what = f"JAX_PLATFORMS={wanted}, but JAX finds no such device here" if wanted else "JAX finds no device here"
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return f"{what}{reason}. JAX_PLATFORMS=cpu computes on the CPU; `azr-jax doctor` looks at the rest"
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="azr-jax",
         description="Absolute Zero Reasoner on JAX: one model proposes Python tasks, solves them and learns from both.",
-        epilog="exit codes: 0 done, 1 failed, 2 bad usage or bad config, 3 the answer is no, 130 interrupted",
+        epilog="exit codes: 0 done, 1 failed, 2 bad usage or bad config, 3 the answer is no, "
+        "75 another host of the run is gone, 130 interrupted",
         allow_abbrev=False,
         parents=[debug],
     )
@@ -158,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("pretrain", _pretrain, "rebuild the embedded model from nothing: corpus, tokenizer, training")
     sub.add_argument("--out", metavar="DIR", required=True, help="Hugging Face folder to write")
+    sub.add_argument("--overwrite", action="store_true", help="also into a folder that is not empty")
     sub.add_argument(
         "--updates", type=_natural, default=PRETRAIN_UPDATES, help=f"of 2048 tokens each (default: {PRETRAIN_UPDATES})"
     )
@@ -211,7 +232,9 @@ def _natural(text: str) -> int:
 
 
 def _step(text: str) -> int | str:
-    return text if text == "best" else _natural(text)
+    if text != "best" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"a step is a number, or best: {text}")
+    return text if text == "best" else int(text)
 
 
 def _count(text: str) -> int:

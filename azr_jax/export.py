@@ -160,7 +160,7 @@ def find_source(source: str, step: int | str | None) -> Source:
             raise UserError(f"--step best: no checkpoint of {run} was evaluated ({BEST_BY}; see eval.every)")
     chosen = int(named.group(1)) if named else steps[-1] if step is None else step
     if chosen not in steps:
-        raise UserError(f"{run} holds no checkpoint of step {chosen}; it has {', '.join(map(str, steps))}")
+        raise UserError(f"{run} holds no checkpoint of step {chosen}; it has {', '.join(map(str, steps))}", exit_code=2)
     return Source(_model_of(run), checkpoints, chosen)
 
 

@@ -13,12 +13,13 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, combinations
 from typing import Any, TextIO
 
 from azr_jax.chips import GIB
 from azr_jax.config import Config
 from azr_jax.config_loader import load_config
-from azr_jax.errors import UserError
+from azr_jax.errors import ConfigError, UserError
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.sizes import SIZES, published_size
 from azr_jax.models.weights import model_folder
@@ -29,8 +30,10 @@ log = logging.getLogger(__name__)
 
 DOES_NOT_FIT = 3
 
-#: Changes to try, in this order, each on top of those before it that apply.
-CHANGES: tuple[tuple[str, str, Any], ...] = (
+Change = tuple[str, str, Any]  # section, key, value
+
+#: Changes to try besides the mesh's; of as many together, those with earlier ones first.
+CHANGES: tuple[Change, ...] = (
     ("rollout", "cache_gb", 0.0),
     ("learn", "dtype", "bfloat16"),
     ("learn", "moments_dtype", "bfloat16"),
@@ -125,15 +128,16 @@ def _program(setup: Setup, name: str, compiling: bool) -> dict[str, Any]:
 
 
 def _nearest_change(setup: Setup, programs: dict[str, dict[str, Any]]) -> str | None:
-    """The first change, or the fewest together, that fit by arithmetic corrected by what was compiled; None if none.
+    """The fewest changes that fit by arithmetic corrected by what was compiled, as one would type them; None if none.
 
     First within the slice, then on the next larger ones of the same chip.
     """
     off = {name: each["peak_bytes"] / each["estimated_peak_bytes"] for name, each in programs.items()}
     for said, config, target in _candidates(setup):
-        if target.chips % max(1, config.mesh.data * config.mesh.fsdp * config.mesh.tensor):
+        try:
+            other = Setup(config, setup.model, target)
+        except ConfigError:  # the mesh is one for another number of chips
             continue
-        other = Setup(config, setup.model, target)
         peaks = {name: other.bytes_of(name).total + (0 if name == "update" else other.resident) for name in PROGRAMS}
         if not other.starved and all(off[name] * peak <= target.chip.usable for name, peak in peaks.items()):
             return said
@@ -141,33 +145,42 @@ def _nearest_change(setup: Setup, programs: dict[str, dict[str, Any]]) -> str | 
 
 
 def _candidates(setup: Setup) -> Iterator[tuple[str, Config, Target]]:
-    """What to try: single changes in order, the first few together, then larger slices with none or all of them."""
-    applying = [change for change in CHANGES if _value(setup.config, change) != change[2]]
-    for change in applying:
-        yield _said([change]), _changed(setup.config, [change]), setup.target
-    for count in range(2, len(applying) + 1):
-        yield _said(applying[:count]), _changed(setup.config, applying[:count]), setup.target
-    for target in known_targets(setup.target.chip.name):
-        if target.chips > setup.target.chips:
-            # the learner's weights are spread over what is added
-            wider = replace(setup.config, mesh=replace(setup.config.mesh, fsdp=0 if setup.config.mesh.data else 1))
-            for changes in ([], applying):
-                said = [f"--topology {target.name} mesh.fsdp=0", _said(changes)]
-                yield " ".join(part for part in said if part), _changed(wider, changes), target
+    """What to try: on the slice itself, then on each larger one, every set of changes.
+
+    Small sets come first, so the first that fits has no change in it that could be left out.
+    """
+    differing = [
+        [change for change in together if _value(setup.config, change) != change[2]]
+        for together in (_spread(setup), *([change] for change in CHANGES))
+    ]
+    applying = [together for together in differing if together]
+    larger = [target for target in known_targets(setup.target.chip.name) if target.chips > setup.target.chips]
+    for target in (setup.target, *larger):
+        where = [f"--topology {target.name}"] if target in larger else []
+        for count in range(0 if where else 1, len(applying) + 1):
+            for chosen in combinations(applying, count):
+                changes = list(chain(*chosen))
+                yield " ".join([*where, *map(_said, changes)]), _changed(setup.config, changes), target
 
 
-def _value(config: Config, change: tuple[str, str, Any]) -> Any:
+def _spread(setup: Setup) -> list[Change]:
+    """The mesh that holds the weights once: `tensor` as it is, `fsdp` all that it leaves (so `tensor` cannot be 0)."""
+    return [("mesh", "data", 1), ("mesh", "fsdp", 0), ("mesh", "tensor", setup.mesh.shape["tensor"])]
+
+
+def _value(config: Config, change: Change) -> Any:
     return getattr(getattr(config, change[0]), change[1])
 
 
-def _changed(config: Config, changes: Sequence[tuple[str, str, Any]]) -> Config:
+def _changed(config: Config, changes: Sequence[Change]) -> Config:
     for section, key, value in changes:
         config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
     return config
 
 
-def _said(changes: Sequence[tuple[str, str, Any]]) -> str:
-    return " ".join(f"{section}.{key}={str(value).lower()}" for section, key, value in changes)
+def _said(change: Change) -> str:
+    section, key, value = change
+    return f"{section}.{key}={str(value).lower()}"
 
 
 def render(record: dict[str, Any]) -> str:
@@ -213,8 +226,9 @@ def render(record: dict[str, Any]) -> str:
     if record["fits"]:
         lines.append("verdict: fits")
     else:
-        change = record["nearest_change"] or "no change known here: take a larger slice or a smaller model"
-        lines.append(f"verdict: does not fit; by arithmetic this would: {change}")
+        change = record["nearest_change"]
+        advice = f"this would: {change}" if change else "no change known here would, not on more chips either"
+        lines.append(f"verdict: does not fit; by arithmetic {advice}")
     return "\n".join(lines) + "\n"
 
 

@@ -66,7 +66,7 @@ def require_compiler(setup: Setup) -> None:
     if setup.target.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"planning for {setup.target.name} needs the TPU compiler, which is not installed (no TPU is needed): "
-            'pip install "azr_jax[tpu]"'
+            'pip install -e ".[tpu]" in the folder of this project'
         )
 
 

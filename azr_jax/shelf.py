@@ -68,7 +68,7 @@ class LocalShelf:
     def remove(self, step: int) -> None:
         doomed = self._path / f"{step_name(step)}.removed"
         (self._path / step_name(step)).rename(doomed)  # first out of sight: what is left of it is no checkpoint
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # a file that somebody reads stays on NFS; `tidy` comes by again
 
     def tidy(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import load_tokenizer
 from azr_jax.models.transformer import Params
 from azr_jax.models.vocabulary import audit
-from azr_jax.models.weights import load_weights, model_folder
+from azr_jax.models.weights import digests, load_weights, model_folder
 from azr_jax.records import write_rows
 from azr_jax.rollout.engine import Engine
 from azr_jax.selfplay import SelfPlay
@@ -192,7 +192,7 @@ def train(
     """
     config, hosts = with_template(config), hosts or Hosts()
     hosts.relay(stop)
-    hosts.agree("the start", False, **facts(config))
+    hosts.agree("the start", False, **facts(config), **digests(config.model))
     text = config_to_yaml(config)
     folder = RunFolder.open(config.run_dir, text, allow_config_change) if hosts.leads else Onlooker(config.run_dir)
     wandb = WandbSink(config.wandb_project if hosts.leads else "none", folder.path, asdict(config))
@@ -219,8 +219,7 @@ def train(
         state, number = beginning
         progress, saved = Progress(config.steps), number
         log.info(LEGEND)
-        same: dict[str, str] = {}
-        while number < config.steps and not hosts.agree(f"step {number + 1}", stop.requested, **same):
+        while number < config.steps and not hosts.agree(f"step {number + 1}", stop.requested):
             checkpoints.poll()
             started, compiling = time.monotonic(), run.compiles.seconds
             number += 1
@@ -233,6 +232,7 @@ def train(
             rolled = time.monotonic()
             state, learned = run.learn(state, step)
             same = {name: repr(value) for name, value in learned.items() if name.startswith("learner/")}
+            hosts.agree("the update", False, **same)  # before anything of it is saved
             step.seconds["update"] = time.monotonic() - rolled
             metrics = step_metrics(step, run.selfplay.buffers, run.prompts) | learned
             metrics |= engine_metrics(before, run.engine.stats, step.seconds["rollout"]) | _machine_metrics(run)
@@ -384,7 +384,7 @@ def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
 def seed(config: Config, out: TextIO, hosts: Hosts | None = None) -> int:
     """`azr-jax seed`: only the seed buffers, one task a line, by the first of `hosts`."""
     config, hosts = with_template(config), hosts or Hosts()
-    hosts.agree("the start", False, **facts(config))
+    hosts.agree("the start", False, **facts(config), **digests(config.model))
     with ExecutorPool(config.executor) as pool:
         run = Run(replace(config, eval=replace(config.eval, every=0)), pool, hosts=hosts)
         params = run.fresh_state().params

@@ -1,6 +1,6 @@
 """Compiles forward pass and update of published shapes for TPU slices, without a TPU, and prints the memory of a chip.
 
-    pip install "azr_jax[tpu]"
+    pip install -e ".[tpu]"
     python benchmarks/aot.py forward --out benchmarks/results/aot_forward.json
     python benchmarks/aot.py update --out benchmarks/results/aot_update.json
 

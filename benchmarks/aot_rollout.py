@@ -1,6 +1,6 @@
 """Compiles the sampler's prefill and decode programs for TPU slices, without a TPU, and prints the memory of a chip.
 
-    pip install "azr_jax[tpu]"
+    pip install -e ".[tpu]"
     python benchmarks/aot_rollout.py --out benchmarks/results/aot_rollout.json
 
 Weights in bfloat16, 512 slots, prompts of up to 6,144 and responses of up to 8,096 tokens, attention by the ragged

@@ -1,6 +1,6 @@
 """Plans every config for the hardware in its name, at full depth, and writes the tables of docs/hardware.md.
 
-    pip install "azr_jax[tpu]"
+    pip install -e ".[tpu]"
     python benchmarks/plan_all.py             # hours on two cores; what is done already is kept, so stop it at will
     python benchmarks/plan_all.py --only v5e  # configs whose name contains this
     python benchmarks/plan_all.py --tables    # only write the tables again

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import tensorstore
+from etils import epath
 
-from azr_jax.bucket import Objects, split
+from azr_jax import bucket
+from azr_jax.bucket import Objects, mount, split
 from azr_jax.checkpoint import Checkpointer
 from azr_jax.errors import ConfigError, UserError
 from azr_jax.telemetry.run_folder import RunFolder
@@ -56,6 +61,49 @@ def test_objects(gcs: FakeGcs) -> None:
     assert folder.read("x y%.txt") == b"" and folder.read("nothing") is None
     folder.remove([*names, "nothing"])
     assert gcs.names() == ["bucket/a/b/x y%.txt", "bucket/a/bc/other"]
+
+
+@pytest.mark.parametrize("mode", ["w", "wb"])
+def test_only_a_file_that_was_closed_in_order_becomes_an_object(gcs: FakeGcs, mode: str) -> None:
+    """Not one that an error interrupted, and not when Python clears away what nobody closed."""
+    mount()
+    content: Any = "half" if mode == "w" else b"half"
+    with epath.Path("gs://bucket/a/whole").open(mode) as file:
+        file.write(content)
+    with pytest.raises(KeyError), epath.Path("gs://bucket/a/half").open(mode) as file:
+        file.write(content)
+        raise KeyError
+    left = epath.Path("gs://bucket/a/left").open(mode)
+    left.write(content)
+    del left, file
+    gc.collect()
+    assert gcs.names() == ["bucket/a/whole"] and gcs.objects["bucket/a/whole"][0] == b"half"
+
+
+def test_a_write_that_failed_is_not_tried_again_later(gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount()
+    tried = []
+
+    def write(self: Objects, name: str, content: bytes) -> None:
+        tried.append(name)
+        raise ValueError("UNAVAILABLE")
+
+    monkeypatch.setattr(Objects, "write", write)
+    with pytest.raises(ValueError, match="UNAVAILABLE"), epath.Path("gs://bucket/a/file").open("wb") as file:
+        file.write(b"x")
+    del file
+    gc.collect()
+    assert tried == ["file"]
+
+
+def test_a_bucket_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "PATIENCE_SECONDS", 0.1)
+    promise, future = tensorstore.Promise.new()
+    monkeypatch.setattr(tensorstore.KvStore, "read", lambda store, key: future)
+    with pytest.raises(ValueError, match="DEADLINE_EXCEEDED") as error:
+        Objects("gs://bucket/a").names()
+    assert "no network?" in (bucket.trouble(error.value) or "")
+    promise.set_result(None)
 
 
 @pytest.mark.parametrize("path", ["gs://", "gs://bucket", "gs://bucket/"])

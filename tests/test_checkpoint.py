@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from azr_jax.checkpoint import Checkpointer, best_step
 from azr_jax.errors import UserError
+from azr_jax.storage import may_be_whole
 
 ROOT = Path(__file__).parents[1]
 EXTRA = {"text": "\ud800\u00e9", "tenth": 0.1, "nan": float("nan"), "rows": [[1, [2, None]], {"b": 1, "a": True}]}
@@ -224,6 +228,65 @@ def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
         damage(keeper.path(step) / "extra/metadata", "zeroed")
     with pytest.raises(UserError, match=r"none of the 2 checkpoints .* can be read \(steps 1, 2\)"):
         keeper.restore(abstract(mesh_of(1)))
+
+
+READ_AS_OTHER = """
+import os, sys
+import jax, jax.numpy as jnp
+from azr_jax.checkpoint import Checkpointer
+from azr_jax.errors import UserError
+from azr_jax.storage import may_be_whole
+
+os.setgid(65534)
+os.setuid(65534)
+try:
+    Checkpointer(sys.argv[1], keep=3).restore({"w": jnp.zeros((64, 64))})
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody who may not read")
+def test_what_may_not_be_read_is_not_taken_for_damage():
+    """An older one in its place would in time be the reason to remove it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        with Checkpointer(Path(folder) / "c", keep=3) as keeper:
+            for step in (1, 2):
+                save(keeper, step, {"w": jnp.full((64, 64), float(step))}, {})
+        for path in (Path(folder) / "c/step_000002/state").rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        done = subprocess.run([sys.executable, "-c", READ_AS_OTHER, f"{folder}/c"], capture_output=True, text=True)
+    assert done.returncode == 1 and "step_000002" in done.stderr, done.stderr
+    assert "may be whole, so no older one is taken" in done.stderr and "ermission" in done.stderr
+
+
+TENSORSTORE = "Error reading local file: Failed to read [OS error {}: E]"
+
+
+@pytest.mark.parametrize(
+    ("error", "whole"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (MemoryError(), True),
+        (ValueError("UNKNOWN: " + TENSORSTORE.format(errno.EIO)), True),
+        (ValueError("PERMISSION_DENIED: " + TENSORSTORE.format(errno.EACCES)), True),
+        (ValueError("UNAVAILABLE: the bucket does not answer"), True),
+        (ValueError("NOT_FOUND: " + TENSORSTORE.format(errno.ENOENT)), False),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+        (ValueError("DATA_LOSS: Error decoding chunk"), False),
+        (json.JSONDecodeError("Expecting value", "x", 0), False),
+        (KeyError("leaves"), False),
+    ],
+    ids=repr,
+)
+def test_errors_that_say_nothing_of_the_content(error, whole):
+    assert may_be_whole(error) is whole
+    wrapped = RuntimeError("while reading")
+    wrapped.__cause__ = error
+    assert may_be_whole(wrapped) is whole
 
 
 def test_another_model_is_named_not_skipped(tmp_path):

@@ -258,3 +258,15 @@ def test_doctor_prints_one_object():
     done = azr_jax("doctor", "--json")
     findings = json.loads(done.stdout)
     assert done.returncode == (0 if findings["ok"] else 1) and findings["ok"] == (not findings["problems"])
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_platform_without_a_device_is_the_users_mistake(platform):
+    """JAX ends in an empty assertion, or in a RuntimeError, as the case may be."""
+    command = [sys.executable, "-m", "azr_jax", "seed", "configs/debug_cpu.yaml"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": platform}, capture_output=True, text=True
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("azr-jax:")]
+    assert done.returncode == 2 and f"JAX_PLATFORMS={platform}, but JAX finds no such device here" in line, done.stderr
+    assert "JAX_PLATFORMS=cpu" in line and "internal" not in line and "Traceback" not in done.stderr

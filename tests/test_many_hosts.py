@@ -41,6 +41,22 @@ from azr_jax.rollout.engine import Engine
 watch.DEAD_SECONDS = 15
 slow, step = float(os.environ["SLOW"]), Engine.step
 Engine.step = lambda self: (time.sleep(slow), step(self))[1]
+
+def spoiled(self, state, step):
+    if step.number == 2:  # a broken machine: what it holds of weights that all hosts hold is another number
+        state = state._replace(params=jax.tree.map(other_here, state.params))
+    return learn(self, state, step)
+
+def other_here(x):
+    if not x.sharding.is_fully_replicated:
+        return x
+    here = [jax.device_put(1.5 * shard.data, shard.device) for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, here)
+
+if os.environ["SPOIL"] == "yes":
+    import jax
+    from azr_jax import train
+    learn, train.Run.learn = train.Run.learn, spoiled
 sys.exit(main())
 """
 #: Figures of the clock and of this machine.
@@ -64,8 +80,8 @@ class Place:
 
     folder: Path
 
-    def start(self, name: str, count: int, *settings: str, slow: float = 0.0) -> Job:
-        """The run of this name, on so many hosts; `slow` is the last one."""
+    def start(self, name: str, count: int, *settings: str, slow: float = 0.0, spoil: bool = False) -> Job:
+        """The run of this name, on so many hosts; the last one is slow, or computes something else from step 2 on."""
         config = [str(ROOT / "configs/debug_cpu.yaml"), f"run_dir={self.folder / name}"]
         environment = os.environ | {
             "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device each; nothing here runs long
@@ -79,7 +95,8 @@ class Place:
                 subprocess.Popen(
                     [*command, *([*job, "--host", str(i)] if count > 1 else [])],
                     cwd=ROOT,
-                    env=environment | {"SLOW": str(slow if i == count - 1 else 0.0)},
+                    env=environment
+                    | {"SLOW": str(slow if i == count - 1 else 0.0), "SPOIL": "yes" if spoil and i else "no"},
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -162,21 +179,23 @@ def assert_the_same(place: Place, name: str, steps: int) -> None:
     assert tasks == (place.folder / "alone/tasks.jsonl").read_text().splitlines()[: len(tasks)]
 
 
-def weights(run_dir: Path) -> list[np.ndarray]:
-    """Of the newest checkpoint, read by one process."""
+def assert_weights(place: Place, name: str, step: int) -> None:
+    """As those of one host; read by one process."""
     with ExecutorPool(ExecutorConfig(workers=1)) as pool:
-        state = Run(load_config(run_dir / "config.yaml", []), pool).fresh_state()
-    restored = Checkpointer(run_dir / "checkpoints", 3).restore(state)
-    assert restored is not None
-    return [np.asarray(x) for x in jax.tree.leaves(restored[1].params)]
+        params = Run(load_config(place.folder / name / "config.yaml", []), pool).fresh_state().params
+    part = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)}
+    one, other = (
+        Checkpointer(place.folder / each / "checkpoints", 9).restore_part(step, part) for each in ("alone", name)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
 
 
 def test_two_hosts_make_the_run_of_one(runs: Runs) -> None:
     """Token for token, through a stop, a kill and a damaged checkpoint, though one of them is slow."""
     assert_the_same(runs.place, "two", runs.steps)
     assert runs.place.latest("two") == runs.place.latest("alone") == runs.steps
-    for one, other in zip(*(weights(runs.place.folder / name) for name in ("alone", "two")), strict=True):
-        np.testing.assert_allclose(other, one, atol=1e-5)
+    assert_weights(runs.place, "two", runs.steps)
 
 
 def test_four_hosts_make_the_run_of_one(runs: Runs) -> None:
@@ -185,6 +204,8 @@ def test_four_hosts_make_the_run_of_one(runs: Runs) -> None:
     ((code, log),) = runs.fewer
     assert code == 0 and "resuming after step 1" in log, log
     assert_the_same(runs.place, "four", 2)
+    for step in (1, 2):
+        assert_weights(runs.place, "four", step)
 
 
 def test_a_stop_of_one_host_stops_and_saves_on_all(runs: Runs) -> None:
@@ -207,6 +228,16 @@ def test_a_damaged_checkpoint_is_skipped_by_all_hosts(runs: Runs) -> None:
     skipped = f"skipping checkpoint {runs.place.folder}/two/checkpoints/step_{runs.damaged:06d}"
     assert all(skipped in log for _, log in runs.resumed)
     assert f"resuming after step {runs.damaged - 1}" in runs.resumed[0][1]
+
+
+def test_hosts_that_come_apart_stop_before_they_save_it(runs: Runs) -> None:
+    """In the last step too, and with a single checkpoint kept: it is the one from before, and it can be read."""
+    place = runs.place
+    ends = place.start("apart", 2, "steps=2", "checkpoint.keep=1", "eval.every=0", spoil=True).end()
+    assert [code for code, _ in ends] == [1, 1], ends
+    assert all("come apart (the update): learner/" in log and "Traceback" not in log for _, log in ends), ends
+    assert place.latest("apart") == 1
+    assert_weights(place, "apart", 1)
 
 
 def test_one_host_reports_and_the_others_only_warn(runs: Runs) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from azr_jax import plan_compile
-from azr_jax.chips import GIB
-from azr_jax.cli import main
+from azr_jax.chips import CHIPS, GIB
+from azr_jax.cli import build_parser, main
 from azr_jax.config import Config, LearnConfig, MeshConfig, RolloutConfig
 from azr_jax.config_loader import load_config
 from azr_jax.dist.mesh import make_mesh
@@ -165,6 +166,41 @@ def test_a_planned_cache_is_the_engines(name, room):
         assert setup.layout == device.layout
 
 
+def test_a_block_of_decoding_reads_the_weights_and_the_live_cache_at_every_token():
+    """Qwen2.5-7B by hand: 28 layers, width 3584, 28 heads and 4 key heads of 128, feed-forward 18944, untied."""
+    width, kv, heads, wide, table = 3584, 4 * 128, 28 * 128, 18944, 152064 * 3584
+    split = 28 * (2 * width * (heads + kv) + heads + 2 * kv + 3 * width * wide) + 2 * table  # over tensor
+    copy = 2 * (split / 4 + (2 * 28 + 1) * width)  # bfloat16 on four chips of a host; every chip has the norms
+    token = 2 * 28 * kv / 4 * 2  # keys and values
+    seen = 6144 / 8 + 8096 / 8 / 2  # the assumed mean prompt and half of the mean response
+    for room, live in ((0, 192), (1, 2**30 // (128 * token) * 128 / (768 + 1012))):  # full slots; what 1 GiB holds
+        plan = planned("qwen2.5-7b_v5e-16", "--topology", "v5e:4x4", f"rollout.cache_gb={room}")
+        assert plan["expected"]["assumptions"]["sequences_decoding_on_a_host"] == pytest.approx(live)
+        assert plan["decode"]["bytes_accessed"] == pytest.approx(16 * (copy + live * seen * token))
+
+
+def test_expected_times_are_those_worked_out_by_hand():
+    """The same model on four hosts of four v5e: 64 tasks of 3 kinds, half of the proposals valid, half of the peaks."""
+    chip = CHIPS["v5e"]
+    layer = 3584 * (2 * 28 * 128 + 2 * 4 * 128) + 3 * 3584 * 18944  # weights of its matrices
+    head, copy, token = 152064 * 3584, 3.8084e9, 14336  # bytes a chip: of the sampler's weights, of a cached token
+    scores = 4 * 28 * 28 * 128  # flops of a query and key in all layers
+    # decoding waits for memory: for a token of each of a host's 192 slots all weights and 192 caches are read
+    rate = 0.5 * 4 * 192 * chip.bandwidth / (copy + 192 * 1274 * token)
+    # a prefill is one prompt's 6144 tokens, 8 mean ones, without the last layer and the head: 2.5 prompts a proposal
+    prefill = 6144 * (2 * 28 * layer + scores * 6144 / 2) * 27 / 28 / 4 / chip.flops / 0.5 * (2.5 * 192 / 8 / 4)
+    decode = (2 * 192 + 0.5 * 192 * 8) * 1012 / rate
+    # 6 * 64 trajectories and 5 % padding: forward, again while going backward, and backward, which is twice as much
+    tokens = 6 * 64 * (768 + 1012)
+    update = 4 * tokens / 0.95 * (2 * (28 * layer + head) + scores * 1780 / 2) / 16 / chip.flops / 0.5
+    expected = planned("qwen2.5-7b_v5e-16", "--topology", "v5e:4x4")["expected"]
+    rates = [expected[f"{name}_tokens_per_second"] for name in ("decode", "update")]
+    assert rates == pytest.approx([rate, tokens / update], rel=1e-3)
+    seconds = [expected[f"{name}_seconds"] for name in (*PROGRAMS, "step")]
+    assert seconds == pytest.approx([prefill, decode, update, prefill + decode + update], rel=1e-3)
+    assert (round(rate, -3), round(seconds[-1])) == (43_000, 57)  # as docs/hardware.md says
+
+
 # Collectives
 
 
@@ -276,6 +312,50 @@ def test_what_does_not_fit_exits_3_and_the_change_it_names_fits(capsys):
     assert main(["plan", config, "model=qwen2.5-14b", *change]) == 0
 
 
+def planned(name: str, *words: str) -> dict[str, Any]:
+    """The plan from shapes of a shipped config and what follows it on the command line, where later words win."""
+    args, rest = build_parser().parse_known_args(["plan", str(ROOT / f"configs/{name}.yaml"), *words])
+    config = load_config(args.config, [*args.overrides, *rest])
+    return make_plan(config, parse_target(args.topology), compiling=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("--topology v5e:4x4 mesh.data=4 mesh.fsdp=1", "mesh.data=1 mesh.fsdp=0"),
+        ("--topology v5e:4x4 mesh.data=0 mesh.fsdp=1", "mesh.data=1 mesh.fsdp=0"),
+        ("--topology v5e:4x4 mesh.data=4 mesh.fsdp=1 mesh.tensor=0", "mesh.data=1 mesh.fsdp=0 mesh.tensor=4"),
+        ("--topology v5e:2x4 mesh.data=2 mesh.fsdp=1", "mesh.data=1 mesh.fsdp=0 learn.offload=true"),
+        ("--topology v5e:2x2 mesh.fsdp=1", "--topology v5e:2x4 mesh.fsdp=0 learn.offload=true"),
+        ("--topology v5e:2x2 mesh.fsdp=0", "--topology v5e:2x4 learn.offload=true"),
+        ("--topology v5e:2x2 mesh.fsdp=0 learn.moments_dtype=float32", "--topology v5e:2x4 learn.offload=true"),
+        ("--topology v5e:4x4 rollout.slots=16384", None),
+    ],
+)
+def test_advice_is_the_least_that_fits(words, advice):
+    assert planned("qwen2.5-7b_v5e-16", *words.split())["nearest_change"] == advice
+
+
+@pytest.mark.parametrize("name", [name for name, target in CONFIGS.items() if target.chip.platform == "tpu"])
+def test_advice_on_a_bad_mesh_loads_and_fits_and_holds_nothing_needless(name):
+    own = CONFIGS[name]
+    tensor = load_config(ROOT / f"configs/{name}.yaml").mesh.tensor
+    for target in [each for each in known_targets(own.chip.name) if each.chips in (own.chips // 2, own.chips)]:
+        copies = target.chips // tensor
+        for mesh in (f"data={copies} fsdp=1", "data=0 fsdp=1", f"data={copies} fsdp=1 tensor=0"):
+            words = ["--topology", target.name, *(f"mesh.{each}" for each in mesh.split())]
+            plan = planned(name, *words)
+            if plan["fits"]:
+                continue
+            advice = plan["nearest_change"].split()
+            assert planned(name, *words, *advice)["fits"], (words, advice)
+            if target == own:  # where the shipped mesh fits
+                assert all(word.startswith("mesh.") for word in advice), (words, advice)
+            for word in [each for each in advice if each.startswith(("learn.", "rollout."))]:
+                without = [each for each in advice if each != word]
+                assert not planned(name, *words, *without)["fits"], (words, advice, word)
+
+
 def test_mistakes(capsys, monkeypatch):
     tiny = str(ROOT / "configs/tiny.yaml")
     assert main(["plan", tiny, "model=qwen9-1b", "--topology", "cpu"]) == 2
@@ -285,7 +365,7 @@ def test_mistakes(capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a))
     assert main(["plan", tiny, "--topology", "v5e:2x2"]) == 1
-    assert 'pip install "azr_jax[tpu]"' in capsys.readouterr().err
+    assert 'pip install -e ".[tpu]"' in capsys.readouterr().err
     assert main(["plan", tiny, "--topology", "h200:1"]) == 0  # which needs no compiler
 
 

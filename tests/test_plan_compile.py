@@ -25,7 +25,7 @@ from benchmarks.plan_all import planned_configs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is not installed; `pip install azr_jax[tpu]` brings it",
+    reason="the TPU compiler is not installed; the extra `tpu` brings it",
 )
 
 TARGETS = {name: target for name, target in planned_configs() if target.chip.platform == "tpu"}

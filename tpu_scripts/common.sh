@@ -2,8 +2,7 @@
 # What every script on your machine shares: settings, --dry-run, --help, and questions about the slice. Sourced.
 set -euo pipefail
 
-DRY_RUN=no
-ARGUMENTS=()
+DRY_RUN=no ARGUMENTS=()
 for argument in "$@"; do
   case $argument in
     --dry-run) DRY_RUN=yes ;;
@@ -14,6 +13,7 @@ done
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$*"; exit 2; }
+[[ -z ${ARGUMENTS[*]} || ${0##*/} =~ ^(delete|logs|sync)\.sh$ ]] || die "unknown argument ${ARGUMENTS[*]}, see --help"
 
 SETTINGS=tpu_scripts/settings.sh
 [[ -z ${TPU_SETTINGS:-} ]] || { SETTINGS=$(realpath -- "$TPU_SETTINGS") && export TPU_SETTINGS=$SETTINGS; }
@@ -57,5 +57,9 @@ ask() { # the answer of a describe command; ABSENT if there is no such thing, UN
 QUEUE=(compute tpus queued-resources describe "$TPU_NAME" "${WHERE[@]}" --format='value(state.state)')
 # shellcheck disable=SC2034
 NODE=(compute tpus tpu-vm describe "$TPU_NAME" "${WHERE[@]}" --format='value(state)')
+# A run that still saves is `deactivating`, for which `is-active` fails as it does for none. To stop it then is to wait.
+NO_RUN='systemctl is-active azr | grep -qxE "inactive|failed|unknown"'
+# shellcheck disable=SC2034
+STOP_RUN="$NO_RUN || sudo systemctl stop azr"
 # shellcheck disable=SC2034 # a host that was never set up has no state.sh
 RUN_STATE='bash azr_jax/tpu_scripts/worker/state.sh 2>/dev/null || echo "run: none"'

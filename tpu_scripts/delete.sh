@@ -5,7 +5,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 case "${ARGUMENTS[*]}" in
-  '') remote all 'if systemctl is-active --quiet azr; then sudo systemctl stop azr; fi' ||
+  '') remote all "$STOP_RUN" ||
     { say "could not stop the run; delete.sh --now deletes the slice all the same"; exit 1; } ;;
   --now) ;;
   *) die "unknown argument ${ARGUMENTS[*]}, see --help" ;;

@@ -10,6 +10,6 @@ run tar --exclude-vcs --exclude=./build --exclude=./runs --exclude=./.venv --exc
   --exclude=__pycache__ --exclude=.hypothesis -czf "$tree" .
 run gcloud compute tpus tpu-vm scp "$tree" "$TPU_NAME:azr_jax.tar.gz" "${WHERE[@]}" --worker=all
 run gcloud compute tpus tpu-vm scp "$SETTINGS" "$TPU_NAME:azr_settings.sh" "${WHERE[@]}" --worker=all
-guard='if systemctl is-active --quiet azr; then echo "a run is live: stop.sh first" >&2; exit 1; fi'
+guard="$NO_RUN || { echo \"a run is live: stop.sh first\" >&2; exit 1; }"
 unpack='rm -rf azr_jax && mkdir azr_jax && tar -xzf azr_jax.tar.gz -C azr_jax'
 remote all "$guard; $unpack && bash azr_jax/tpu_scripts/worker/install.sh"

@@ -3,4 +3,4 @@
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-remote all 'if systemctl is-active --quiet azr; then sudo systemctl stop azr; fi'
+remote all "$STOP_RUN"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # watch.sh [--dry-run]: keeps the run going until it is finished: asks for the slice, sets it up, launches, and after a
 # preemption does it all again. Run it in tmux on a machine that stays on. Ends with 0 when the run is finished, with 1
-# when it failed or when the slice could not be had.
+# when it failed or when the slice could not be had, set up or asked. Then it says whether there is one that costs.
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -20,14 +20,18 @@ fi
 
 note() { say "$(date '+%F %T') $*"; }
 
+leave() { # CODE WORDS
+  [[ $state != 'node READY' ]] || set -- "$1" "$2; the slice still costs until delete.sh"
+  note "$2"; exit "$1"
+}
+
 failures=0
-try() { # capacity comes and goes and hosts take their time to boot, so a few times in a row
+failed() { # capacity comes and goes and hosts take their time to boot, so a few times in a row
+  ((++failures < 5)) || leave 1 "$1 failed, and so did the four tries before: giving up"
+}
+try() {
   local script
-  for script; do
-    "$here/$script.sh" && continue
-    ((++failures < 5)) || { say "$script.sh failed, and so did the four tries before: giving up"; exit 1; }
-    return
-  done
+  for script; do "$here/$script.sh" || { failed "$script.sh"; return; }; done
   failures=0
 }
 
@@ -44,15 +48,15 @@ while :; do
       runs=$(remote all "$RUN_STATE") || runs='run: cannot be asked'
       note "${runs//$'\n'/, }"
       case $runs in
-        *'run: cannot be asked'*) ;;
-        *'run: failed'*) "$here/logs.sh" all || :; exit 1 ;;
+        *'run: failed'*) "$here/logs.sh" all || :; leave 1 'the run failed' ;;
         *'run: none'* | *'run: stopped'*) try stop setup launch ;;
         *'run: running'*) failures=0 ;;
-        *)
-          [[ $DELETE_WHEN_DONE != yes ]] || exec "$here/delete.sh" --now
-          note 'finished; the slice still costs until delete.sh'
+        *'run: finished'*)
+          [[ $DELETE_WHEN_DONE == yes ]] || leave 0 finished
+          "$here/delete.sh" --now || leave 1 'finished, but delete.sh failed'
           exit 0
           ;;
+        *) failed 'asking the hosts' ;;
       esac
       ;;
     *) note "$state: waiting" ;;

@@ -120,13 +120,15 @@ def train(config: ModelConfig, tokenizer: Tokenizer, updates: int, seed: int) ->
 
 
 def pretrain_command(args: Namespace) -> int:
-    """`azr-jax pretrain --out DIR [--updates N] [--seed S]`: rebuild the embedded model.
+    """`azr-jax pretrain --out DIR [--updates N] [--seed S] [--overwrite]`: rebuild the embedded model.
 
     Everything is made in a temporary folder first: an interrupted rebuild leaves what was in DIR as it was.
     """
     out = Path(args.out)
     if args.updates < 1:
         raise UserError("pretrain: --updates must be at least 1", exit_code=2)
+    if out.is_dir() and any(out.iterdir()) and not args.overwrite:
+        raise UserError(f"{out} is not empty; choose another folder, or add --overwrite", exit_code=2)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".pretrain-", dir=out) as folder:

@@ -165,7 +165,9 @@ class ModelConfig:
         try:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
-            raise UserError(f"{path}: not found; a model is a Hugging Face folder with config.json") from None
+            raise UserError(
+                f"{path}: not found; a model is a Hugging Face folder with config.json", exit_code=2
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
         return cls.from_hf(fields, str(path))

@@ -8,6 +8,7 @@ never a silently random weight.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -37,6 +38,8 @@ IGNORED = ("rotary_emb.inv_freq",)
 #: Most bytes of a file, as decimal gigabytes are counted; what `transformers` splits at too.
 MAX_SHARD_BYTES = 5 * 10**9
 COMPARED_AT_ONCE = 1 << 26
+#: Of the beginning and of the end of a file. A safetensors file begins with the names and places of its tensors.
+END_BYTES = 1 << 20
 
 
 def model_folder(model: str) -> Path:
@@ -58,6 +61,23 @@ def model_folder(model: str) -> Path:
             exit_code=2,
         )
     return folder
+
+
+def digests(model: str) -> dict[str, str]:
+    """File of a model -> what tells it from another one there: all of a small file, size and both ends of a large one.
+
+    Seconds, where reading 15 GB takes minutes; several hosts compare it before they compute with different weights.
+    """
+    found = {}
+    for path in sorted(model_folder(model).iterdir()):
+        if path.suffix in {".json", ".safetensors", ".model", ".jinja", ".txt"} and path.is_file():
+            size, digest = path.stat().st_size, hashlib.sha256()
+            with path.open("rb") as file:
+                for start in (0, max(0, size - END_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(END_BYTES))
+            found[path.name] = f"{digest.hexdigest()[:16]} ({size} bytes)"
+    return found
 
 
 class Piece(NamedTuple):

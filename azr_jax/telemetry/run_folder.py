@@ -111,10 +111,14 @@ class RunFolder:
             self._lock = None
 
     def push(self) -> None:
-        """Brings a bucket up to date, where the folder is on one; to be called before each checkpoint, and at the end.
+        """Brings rows to the disk, and a bucket up to date; to be called before each checkpoint, and at the end.
 
-        Raises: UserError if it cannot be written.
+        A checkpoint that outlives a power cut must not find rows missing. Raises: UserError if it cannot be written.
         """
+        for path in (self.metrics, self.tasks, self.oversight):
+            if path.exists():
+                with _writing(path), path.open("rb+") as file:
+                    os.fsync(file.fileno())
         if self.mirror:
             self.mirror.push()
 
@@ -313,18 +317,21 @@ def _keep_rows(path: Path, step: int) -> None:
     kept, dropped = 0, 0
     temporary = path.with_name(path.name + ".tmp")
     with _writing(path):
-        with temporary.open("wb") as file:
-            for row, line in _rows_with_lines(path):
-                if row is not None and row["step"] <= step:
-                    file.write(line)
-                    kept += 1
-                else:
-                    dropped += 1
-        if dropped:
-            os.replace(temporary, path)
-            logger.info("%s: dropped %d lines after step %d, kept %d", path.name, dropped, step, kept)
-        else:
-            temporary.unlink()
+        try:
+            with temporary.open("wb") as file:
+                for row, line in _rows_with_lines(path):
+                    if row is not None and row["step"] <= step:
+                        file.write(line)
+                        kept += 1
+                    else:
+                        dropped += 1
+                file.flush()
+                os.fsync(file.fileno())
+            if dropped:
+                os.replace(temporary, path)
+                logger.info("%s: dropped %d lines after step %d, kept %d", path.name, dropped, step, kept)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _replace(path: Path, data: bytes) -> None:

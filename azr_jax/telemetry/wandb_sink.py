@@ -26,7 +26,7 @@ class WandbSink:
         try:
             import wandb
         except ImportError:
-            raise UserError("wandb_project is set but wandb is not installed; pip install 'azr_jax[wandb]'") from None
+            raise UserError("wandb_project is set but wandb is not installed; pip install wandb") from None
         try:
             self._run = wandb.init(
                 project=project,

@@ -74,6 +74,10 @@ def test_what_a_dead_host_left_behind_is_no_sign_of_life(ends: list, monkeypatch
     failing.join()
 
 
+def test_a_death_is_known_everywhere_within_a_minute() -> None:
+    assert watch.DEAD_SECONDS + watch.FAREWELL_SECONDS + 3 * watch.BEAT_SECONDS < 60
+
+
 def test_an_error_of_this_host_is_told_to_those_alive(ends: list) -> None:
     store, over = Memory(), threading.Event()
 

@@ -42,7 +42,9 @@ def rebuilt(small: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
     def folder(name: str) -> Path:
         if not (parent / name).exists():
-            assert pretrain.pretrain_command(Namespace(out=str(parent / name), updates=60, seed=0)) == 0
+            assert (
+                pretrain.pretrain_command(Namespace(out=str(parent / name), updates=60, seed=0, overwrite=False)) == 0
+            )
         return parent / name
 
     return folder
@@ -79,7 +81,14 @@ def test_the_shipped_model_is_small_and_complete() -> None:
     assert 500_000 <= config.num_params <= 3_000_000
 
 
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("somebody's")
+    with pytest.raises(UserError, match="not empty") as error:
+        pretrain.pretrain_command(Namespace(out=str(tmp_path), updates=1, seed=0, overwrite=False))
+    assert error.value.exit_code == 2 and [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        pretrain.pretrain_command(Namespace(out=str(tmp_path / "file"), updates=1, seed=0))
+        pretrain.pretrain_command(Namespace(out=str(tmp_path / "file"), updates=1, seed=0, overwrite=False))

@@ -24,7 +24,7 @@ from azr_jax.learn.state import param_shardings
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.shards import Stored
 from azr_jax.models.transformer import init_params
-from azr_jax.models.weights import load_weights, model_folder, pieces_of, save_weights, write_weights
+from azr_jax.models.weights import digests, load_weights, model_folder, pieces_of, save_weights, write_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(folder.parent.name for folder in GOLDEN.glob("*/config.json"))
@@ -326,6 +326,19 @@ def test_peak_of_host_memory(big_folder, mesh):
     done = subprocess.run(arguments, capture_output=True, text=True, env=dict(os.environ), check=True)
     held, peak = map(int, done.stdout.split())
     assert held > 4.5e8 and peak < 1.3 * held
+
+
+def test_digests_tell_models_of_the_same_shape_apart(folder):
+    copy = folder.parent / "copy"
+    shutil.copytree(folder, copy)
+    before = digests(str(copy))
+    assert before == digests(str(folder)) and {"config.json", "model.safetensors"} <= before.keys()
+    path = copy / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    (copy / "README.md").write_text("what is said of it")
+    assert {name for name, value in digests(str(copy)).items() if value != before.get(name)} == {"model.safetensors"}
 
 
 def test_model_folder_must_exist(tmp_path):

@@ -3,7 +3,8 @@
 Under FAKE (a folder): `calls.jsonl` gets one argument list a call. `replies.json` maps a piece of a command line to a
 list of {"out", "err", "code"}, used up one a call, the last for ever. Without a reply, `tpu-vm ssh` runs its command
 and `tpu-vm scp` copies, in FAKE/host as the home folder, and `storage` works on FAKE/bucket for gs://; anything else
-succeeds in silence.
+succeeds in silence. If there is `meanwhile`, a bash script, `storage rsync` runs it between its files, with the name of
+the folder and the number of files that are through.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from shutil import copyfile, rmtree
@@ -37,12 +39,18 @@ def rsync(source: Path, target: Path, exclude: str) -> int:
     if not source.is_dir():
         sys.stderr.write(f"ERROR: {source} is no folder\n")
         return 1
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        if path.is_file() and not (exclude and re.match(exclude, str(name))):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            copyfile(path, target / name)
-    return 0
+    names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    code = 0
+    for number, name in enumerate(name for name in names if not (exclude and re.match(exclude, str(name)))):
+        if (FAKE / "meanwhile").exists():
+            subprocess.run(["bash", FAKE / "meanwhile", source.name, str(number)], check=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            copyfile(source / name, target / name)
+        except FileNotFoundError as error:  # the others are copied all the same
+            sys.stderr.write(f"ERROR: {error}\n")
+            code = 1
+    return code
 
 
 def storage(verb: str, options: dict[str, str], names: list[str]) -> int:

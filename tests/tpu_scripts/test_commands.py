@@ -12,7 +12,7 @@ WHERE = ["--project=a-project", "--zone=us-west4-a"]
 CREATE = ["compute", "tpus", "queued-resources", "create", "azr", *WHERE, "--node-id=azr"]
 SHAPE = ["--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite"]
 DELETE = ["compute", "tpus", "queued-resources", "delete", "azr", *WHERE, "--force", "--quiet"]
-STOP = "if systemctl is-active --quiet azr; then sudo systemctl stop azr; fi"
+STOP = 'systemctl is-active azr | grep -qxE "inactive|failed|unknown" || sudo systemctl stop azr'
 QUOTA = (
     "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded.\n"
 )
@@ -221,7 +221,10 @@ def test_bad_settings(desk, settings, message):
 
 
 def test_bad_arguments(desk):
-    for script, argument in (("logs.sh", "one"), ("sync.sh", "left"), ("delete.sh", "--soon")):
+    """A misspelt --dry-run must not run."""
+    cases = [("logs.sh", "one"), ("sync.sh", "left"), ("delete.sh", "--soon")]
+    cases += [(f"{name}.sh", "--dryrun") for name in ("create", "launch", "setup", "status", "stop", "watch")]
+    for script, argument in cases:
         done = desk.run(script, argument)
         assert done.returncode == 2
         assert "see --help" in done.stderr

@@ -62,6 +62,27 @@ def test_quota_ends_it(desk):
     assert desk.verbs() == ["describe", "create"] * 5
     assert "no quota for v5litepod-8" in done.stderr
     assert "giving up" in done.stderr
+    assert "costs" not in done.stderr  # there is none
+
+
+def test_a_slice_that_is_given_up_still_costs(desk):
+    desk.replies(queue=[ACTIVE], node=[READY], state=[NONE], install=[LOST])
+    done = desk.run("watch.sh")
+    assert done.returncode == 1
+    assert desk.verbs() == [*LOOK, *START[:4]] * 5
+    assert "setup.sh failed" in done.stderr
+    assert "giving up; the slice still costs until delete.sh" in done.stderr
+
+
+def test_hosts_that_never_answer_are_given_up(desk):
+    """An answer in between starts the count again; one that says nothing is none, and no finished run."""
+    desk.settings(DELETE_WHEN_DONE="yes")
+    nothing = {"out": "worker 0 run: \n"}
+    desk.replies(queue=[ACTIVE], node=[READY], state=[*[LOST] * 4, RUNNING, *[LOST] * 3, nothing, LOST, RUNNING])
+    done = desk.run("watch.sh")
+    assert done.returncode == 1
+    assert desk.verbs() == LOOK * 10
+    assert "giving up; the slice still costs until delete.sh" in done.stderr
 
 
 def test_a_failed_run_is_not_restarted_and_its_slice_stays(desk):
@@ -71,6 +92,7 @@ def test_a_failed_run_is_not_restarted_and_its_slice_stays(desk):
     assert done.returncode == 1
     assert desk.verbs() == [*LOOK, "ssh log.sh"]
     assert "failed (exit code 1)" in done.stderr
+    assert "the slice still costs until delete.sh" in done.stderr
 
 
 def test_a_host_that_lost_its_run_makes_all_start_again(desk):
@@ -85,3 +107,11 @@ def test_delete_when_done(desk):
     desk.replies(queue=[ACTIVE], node=[READY], state=[FINISHED])
     assert desk.run("watch.sh").returncode == 0
     assert desk.verbs() == [*LOOK, "delete"]
+
+
+def test_a_slice_that_cannot_be_deleted_still_costs(desk):
+    desk.settings(DELETE_WHEN_DONE="yes")
+    desk.replies(queue=[ACTIVE], node=[READY], state=[FINISHED], delete=[LOST])
+    done = desk.run("watch.sh")
+    assert done.returncode == 1
+    assert "the slice still costs until delete.sh" in done.stderr

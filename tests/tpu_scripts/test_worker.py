@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 TRAINER = """
 for argument; do [[ $argument != run_dir=* ]] || run=${argument#run_dir=}; done
 printf '%s\\n' "$@" >"$FAKE/trainer"
@@ -23,17 +26,23 @@ echo "{\\"step\\": $step}" >>"$run/metrics.jsonl"
 case $(cat "$FAKE/behaviour") in
   fail) echo "it broke"; exit 5 ;;
   wait) trap 'save; exit 0' TERM; echo "working"; while :; do sleep 0.02; done ;;
+  slow) trap 'until [[ -e $FAKE/go ]]; do sleep 0.02; done; save; exit 0' TERM
+    echo "working"; while :; do sleep 0.02; done ;;
+  relayed) save; echo "stopped after step $step of 500; resumable: run the same command again" >&2 ;;
   *) save ;;
 esac
 """
 SYSTEMCTL = """
 unit=$(cat "$FAKE/unit" 2>/dev/null)
 live() { grep -q '^State:.[^Z]' "/proc/$unit/status" 2>/dev/null; }
-live && state=active || state=inactive
+if ! live; then state=inactive; elif [[ $(cat "$FAKE/told" 2>/dev/null) == "$unit" ]]; then state=deactivating
+else state=active; fi
 case "$*" in
   "is-active --quiet azr") [[ $state == active ]] ;;
   "is-active azr") echo "$state"; [[ $state == active ]] ;;
-  "stop azr") kill -TERM "$unit"; while live; do sleep 0.02; done ;;
+  "stop azr")
+    if [[ $state == deactivating ]]; then touch "$FAKE/waits"; else echo "$unit" >"$FAKE/told"; kill "$unit"; fi
+    while live; do sleep 0.02; done ;;
 esac
 """
 
@@ -86,10 +95,14 @@ def state(desk):
 
 
 def ended(desk):
-    """Whether run.sh is through: asks the pretended systemd directly, which is cheaper than status.sh."""
-    return subprocess.run(
-        ["bash", desk.bin / "systemctl", "is-active", "--quiet", "azr"], env=desk.environment
-    ).returncode
+    """Whether run.sh is through."""
+    return unit_state(desk) == "inactive"
+
+
+def unit_state(desk):
+    """Its state: asks the pretended systemd directly, which is cheaper than status.sh."""
+    asked = ["bash", desk.bin / "systemctl", "is-active", "azr"]
+    return subprocess.run(asked, env=desk.environment, capture_output=True, text=True).stdout.strip()
 
 
 def start(desk):
@@ -201,6 +214,53 @@ def test_a_run_that_is_stopped_while_it_starts_is_no_failure(host):
     assert state(host) == "worker 0 run: stopped"
 
 
+def test_a_run_that_still_saves_is_a_run(host):
+    """A connection broke while the run was stopped: to stop it again is to wait, and its code stays."""
+    active(host)
+    (host.fake / "behaviour").write_text("slow")
+    start(host)
+    log = host.host / "azr_runs/demo.log"
+    until(lambda: log.exists() and "working" in log.read_text())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lost = pool.submit(host.run, "stop.sh")
+        until(lambda: unit_state(host) == "deactivating")
+        assert state(host) == "worker 0 run: running"
+        refused = host.run("setup.sh")
+        deleted = pool.submit(host.run, "delete.sh")
+        until(lambda: (host.fake / "waits").exists() or deleted.done())
+        (host.fake / "go").touch()
+        assert lost.result().returncode == deleted.result().returncode == 0
+    assert refused.returncode == 1
+    assert "a run is live" in refused.stderr
+    verbs = [call[3] if call[0] == "compute" else call[-1] for call in host.calls]
+    assert verbs.index("gs://my-bucket/azr/demo/checkpoints/step_000001") < verbs.index("delete")
+    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000001/state").exists()
+
+
+def test_a_run_that_was_not_told_to_stop_but_did_is_not_finished(host):
+    """Another host was told, or only the trainer was: it ends with 0 as after its last step."""
+    active(host)
+    host.settings(DELETE_WHEN_DONE="yes")
+    (host.fake / "behaviour").write_text("relayed")
+    start(host)
+    until(lambda: ended(host))
+    assert state(host) == "worker 0 run: stopped"
+    (host.fake / "behaviour").write_text("finish")
+    done = host.run("watch.sh")
+    assert done.returncode == 0, done.stderr
+    last = [verb for verb in host.verbs() if verb in ("ssh start.sh", "delete")]
+    assert last == ["ssh start.sh", "ssh start.sh", "delete"]
+    assert "run: finished" in done.stderr  # although the log still has the words of the launch before
+    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000002/state").exists()
+
+
+def test_the_words_of_a_stop_are_those_of_the_trainer():
+    (words,) = re.findall("grep -q '(.*?)'", (ROOT / "tpu_scripts/worker/run.sh").read_text())
+    for name in ("train", "signals"):
+        ends = [line for line in (ROOT / f"azr_jax/{name}.py").read_text().splitlines() if "resumable:" in line]
+        assert ends and all(words in line for line in ends)
+
+
 def test_a_failing_run_says_so(host):
     active(host)
     (host.fake / "behaviour").write_text("fail")
@@ -245,6 +305,77 @@ def test_the_bucket_keeps_the_checkpoints_that_the_host_keeps(host):
     shutil.rmtree(local)  # nothing here is no reason to remove what is there
     assert host.run("sync.sh", "up").returncode == 0
     assert sorted(path.name for path in kept.iterdir()) == ["step_000020", "step_000030"]
+
+
+def checkpoint(folder, number):
+    path = folder / f"step_{number:06d}"
+    path.mkdir(parents=True)
+    for name in ("a", "b"):
+        (path / name).write_text(f"{number}\n")
+
+
+def kept_whole(folder):
+    """Numbers of the checkpoints in the bucket, which are all whole."""
+    names = sorted(path.name for path in folder.iterdir())
+    assert all(sorted(path.name for path in (folder / name).iterdir()) == ["a", "b"] for name in names)
+    return [int(name.removeprefix("step_")) for name in names]
+
+
+SAVE = """
+cd "$HOME/azr_runs/demo/checkpoints"
+named() { printf 'step_%06d' "$(($1))"; }
+save() { mkdir new && echo "$1" >new/a && echo "$1" >new/b && mv new "$(named "$1")"; }
+prune() { mv "$(named "$1")" old.removed && rm -r old.removed; }
+"""
+
+
+def test_checkpoints_that_are_pruned_while_they_go_up(host):
+    """Three are there. While the newest goes up the oldest is pruned, and then the other one between its two files."""
+    kept, local = host.fake / "bucket/my-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
+    for number in (1, 2, 3):
+        checkpoint(local, number)
+    checkpoint(kept, 1)
+    assert host.run("setup.sh").returncode == 0
+    script = 'case "$*" in "step_000003 1") save 4; prune 1 ;; "step_000002 1") save 5; prune 2 ;; esac\n'
+    (host.fake / "meanwhile").write_text(SAVE + script)
+    done = host.run("sync.sh", "up")
+    assert done.returncode == 0, done.stderr
+    assert kept_whole(kept) == [3]
+    (host.fake / "meanwhile").unlink()
+    assert host.run("sync.sh", "up").returncode == 0
+    assert kept_whole(kept) == [3, 4, 5]
+
+
+def test_a_newest_checkpoint_that_is_pruned_while_it_goes_up(host):
+    """The bucket keeps the whole one that it has until a newer one has arrived; the torn one goes then too."""
+    kept, local = host.fake / "bucket/my-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
+    checkpoint(local, 2)
+    checkpoint(kept, 1)
+    assert host.run("setup.sh").returncode == 0
+    (host.fake / "meanwhile").write_text(SAVE + 'case "$*" in "step_000002 1") save 3; prune 2 ;; esac\n')
+    done = host.run("sync.sh", "up")
+    assert done.returncode == 1
+    assert "step_000002 was pruned" in done.stdout
+    assert sorted(path.name for path in (kept / "step_000001").iterdir()) == ["a", "b"]
+    assert host.run("sync.sh", "up").returncode == 0
+    assert kept_whole(kept) == [3]
+
+
+def test_a_run_that_prunes_faster_than_it_uploads(host):
+    """It keeps two, and while one goes up it saves another, for ever: some arrive whole all the same."""
+    active(host)
+    host.settings(SYNC_SECONDS="0.05")
+    (host.fake / "behaviour").write_text("wait")
+    kept, local = host.fake / "bucket/my-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
+    for number in (1, 2):
+        checkpoint(local, number)
+    script = """
+    all=(step_??????)
+    case "$*" in "step_"*" 1") save $((10#${all[-1]#step_} + 1)); prune "10#${all[0]#step_}" ;; esac
+    """
+    (host.fake / "meanwhile").write_text(SAVE + script)
+    start(host)
+    until(lambda: any((path.parent / "a").exists() for path in kept.glob("step_*/b")))
 
 
 def test_a_failed_upload_removes_nothing(host):

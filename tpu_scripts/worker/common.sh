@@ -24,20 +24,28 @@ worker_number() { attribute agent-worker-number || echo 0; } # 0 where there is 
 several_hosts() { [[ $(attribute worker-network-endpoints || :) == *,* ]]; }
 
 # The checkpoints are listed before the logs go up, and go up after them: a checkpoint in the bucket never lacks rows of
-# metrics, and rows beyond it are cut on resume. Old ones are removed last, when those that replace them have arrived.
+# metrics, and rows beyond it are cut on resume. The newest goes first. One that the run prunes meanwhile may be torn
+# (train renames it before it empties it, so it was whole if it is still there). What did not arrive whole, old or torn,
+# is removed last, and only when the newest did.
 upload() {
   [[ -n $BUCKET && -d $RUN && $(worker_number) == 0 ]] || return 0
-  local folder old digit='[0-9]' kept
-  # shellcheck disable=SC2206 # six digits and no more: the names of half-written ones go on
-  kept=("$RUN"/checkpoints/step_$digit$digit$digit$digit$digit$digit)
+  local folder old kept=() arrived=' '
+  for folder in "$RUN"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9]; do # the names of half-written ones go on
+    kept=("$folder" "${kept[@]}")
+  done
   gcloud storage rsync --recursive --exclude='^(checkpoints/.*|\.lock)$' "$RUN" "$REMOTE" || return
   ((${#kept[@]})) || return 0
   for folder in "${kept[@]}"; do
-    gcloud storage rsync --recursive "$folder" "$REMOTE/checkpoints/${folder##*/}" || return
+    if gcloud storage rsync --recursive "$folder" "$REMOTE/checkpoints/${folder##*/}" && [[ -d $folder ]]; then
+      arrived+="${folder##*/} "
+    elif [[ -d $folder || $arrived == ' ' ]]; then
+      [[ -d $folder ]] || echo "${folder##*/} was pruned on its way up: raise checkpoint.keep or checkpoint.every"
+      return 1
+    fi
   done
   while read -r old; do
     old=${old%/}
-    [[ " ${kept[*]##*/} " == *" ${old##*/} "* ]] || gcloud storage rm --recursive "$old" || return
+    [[ $arrived == *" ${old##*/} "* ]] || gcloud storage rm --recursive "$old" || return
   done < <(gcloud storage ls "$REMOTE/checkpoints/")
 }
 

@@ -8,6 +8,7 @@ set -m # a job is a process group: stopping the uploads stops their gcloud too
 mkdir -p "${RUN%/*}"
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/azr_compiled} # a resume compiles nothing again
 exec >>"$LOG" 2>&1 </dev/null
+begin=$(wc -c <"$LOG") # what is before it tells of earlier launches
 end() { printf '%s\n' "$*" >"$STATE"; exit "${code:-0}"; }
 
 code=1 place=$RUN
@@ -22,7 +23,8 @@ stopped=no
 trap 'stopped=yes; kill -TERM $(jobs -p) || :' TERM # the one job is train, if it is there yet
 "$VENV/bin/azr-jax" train "$CONFIG" "run_dir=$place" "${OVERRIDES[@]}" &
 trainer=$!
-while sleep "$SYNC_SECONDS"; do upload || echo "upload failed, the next one is in $SYNC_SECONDS s"; done &
+# A second try at once: where the run pruned the newest checkpoint under the first one, there is a fresh one now.
+while sleep "$SYNC_SECONDS"; do upload || upload || echo "upload failed, the next one is in $SYNC_SECONDS s"; done &
 uploads=$!
 disown "$uploads" # its end is no news for the log
 [[ $stopped == no ]] || kill -TERM "$trainer" || :
@@ -36,4 +38,6 @@ for _ in 1 2 3; do if upload; then uploaded=yes; break; fi; sleep 10; done
 ((code != 75)) || { code=1; end 'stopped (another host is gone)'; }
 ((code == 0)) || end "failed (exit code $code)"
 [[ ${uploaded:-no} == yes ]] || { code=1; end "failed (the last upload)"; }
+# train ends with 0 also when only itself or another host was told to stop, but then says that there is more to do
+if grep -q '; resumable: run the same command again' < <(tail -c "+$((begin + 1))" -- "$LOG"); then stopped=yes; fi
 if [[ $stopped == yes ]]; then end stopped; else end finished; fi
