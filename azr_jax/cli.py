@@ -162,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="v5e:4x4, v6e:2x4, v5p:2x2x2, v5e-16, h200:1, h100:1, cpu, ...",
     )
-    sub.add_argument("--layers", type=_count, help="cut the model to so many, for a quick check of the rest")
+    sub.add_argument("--layers", type=_count, help="cut the model to so many, to check the rest sooner")
     _add_json(sub)
 
     sub = command("report", _report, "write report.html, one self-contained file, into a run folder")

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -100,7 +101,9 @@ def _compile(setup: Setup, program: str) -> dict[str, Any]:
     memory = done.memory_analysis()
     parts = {f"{part}_bytes": int(getattr(memory, f"{part}_size_in_bytes")) for part in _PARTS}
     try:
-        crossing = collectives(done.as_text())
+        with _silence():
+            text = done.as_text()
+        crossing = collectives(text)
     except jax.errors.JaxRuntimeError:  # a libtpu newer than jaxlib writes instructions that jaxlib cannot print
         crossing = None
     return parts | {"collectives": crossing, "compile_seconds": round(time.monotonic() - start, 1)}
@@ -153,7 +156,23 @@ def _devices(setup: Setup, topology: str) -> Any:
         return jax.devices("cpu")[:1]
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans, and a run, may be side by side
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # of a machine without a TPU: libtpu complains at length
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # where there is neither
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """XLA writes a page to stderr about an error that is raised as well."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager
