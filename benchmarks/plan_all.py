@@ -83,9 +83,11 @@ def record(name: str, plan: dict[str, Any]) -> None:
 
 
 def commit() -> str | None:
-    """What was planned with; None outside a clone."""
-    found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or None
+    """What was planned with, -dirty if code or configs were changed since; None outside a clone."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "azr_jax", "configs"], capture_output=True, text=True)
+    return found + "-dirty" * bool(changed.stdout) if found else None
 
 
 def with_tables(page: str) -> str:
