@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_sigkill_and_sigterm_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/kills.py", "--kills", "4", "--terms", "3", "--seed", "0"]
-    command += ["--steps", "4", "--dir", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    command = [sys.executable, "benchmarks/kills.py", "--kills", "3", "--terms", "2", "--seed", "0"]
+    command += ["--steps", "3", "--dir", str(tmp_path), "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["differences"] == {"SIGKILL": [], "SIGTERM": []}
-    for name, times in (("SIGKILL", 4), ("SIGTERM", 3)):
-        assert times - 2 <= found[name]["times"] <= times and len(found[name]["during"]) >= 2
+    for name, times in (("SIGKILL", 3), ("SIGTERM", 2)):
+        assert 1 <= found[name]["times"] <= times and found[name]["during"]
         assert found[name]["processes_left"] == 0
