@@ -25,8 +25,8 @@ settings.register_profile("azr_jax", deadline=None, derandomize=True, print_blob
 settings.load_profile("azr_jax")
 
 #: Folders and files whose tests compare mathematics within a tolerance, or no numbers. Whether the engine gives the
-#: same bits whatever else it does, and a run after a kill, is a matter of what the compiler makes of them: those compile
-#: as users do.
+#: same bits whatever else it does, and a run after a kill, is a matter of what the compiler makes of them. Those
+#: compile as users do.
 LITTLE_OPTIMIZED = {"learn", "models", "test_sample.py", "test_score.py", "test_selfplay.py"}
 
 
