@@ -337,10 +337,18 @@ def _quiet_threads() -> Iterator[None]:
         one.addFilter(drop)
     try:
         yield
-    finally:
-        sys.unraisablehook = previous_hook
-        for one in loggers:
-            one.removeFilter(drop)
+    except GeneratorExit:  # never left, but cleared away: after a save that failed, whose threads complain to the end
+        return
+    except BaseException:
+        _restore(previous_hook, loggers, drop)
+        raise
+    _restore(previous_hook, loggers, drop)
+
+
+def _restore(hook: Any, loggers: list[logging.Logger], drop: Any) -> None:
+    sys.unraisablehook = hook
+    for one in loggers:
+        one.removeFilter(drop)
 
 
 def _keys(name: str) -> tuple[str, ...]:
