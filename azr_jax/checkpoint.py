@@ -323,32 +323,22 @@ def _quiet_orbax() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """The part of it that can hold for as long as a save takes."""
+def _quiet_threads() -> contextlib.ExitStack:
+    """The part of it that can hold for as long as a save takes, from this call on.
+
+    It ends where it is left, and not when it is cleared away: after a save that failed, threads complain to the end.
+    """
 
     def drop(_: logging.LogRecord) -> bool:
         return False
 
-    previous_hook = sys.unraisablehook
+    quiet = contextlib.ExitStack()
+    quiet.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
     sys.unraisablehook = lambda report: logger.debug("while handling a checkpoint: %r", report.exc_value)
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for one in loggers:
+    for one in map(logging.getLogger, ("absl", "asyncio")):
         one.addFilter(drop)
-    try:
-        yield
-    except GeneratorExit:  # never left, but cleared away: after a save that failed, whose threads complain to the end
-        return
-    except BaseException:
-        _restore(previous_hook, loggers, drop)
-        raise
-    _restore(previous_hook, loggers, drop)
-
-
-def _restore(hook: Any, loggers: list[logging.Logger], drop: Any) -> None:
-    sys.unraisablehook = hook
-    for one in loggers:
-        one.removeFilter(drop)
+        quiet.callback(one.removeFilter, drop)
+    return quiet
 
 
 def _keys(name: str) -> tuple[str, ...]:

@@ -26,14 +26,7 @@ IN_WORDS = {
 }
 #: What errors of TensorStore begin with that say nothing about what is stored: no memory for it, a bucket that does not
 #: answer, or not to us.
-ELSEWHERE = (
-    "RESOURCE_EXHAUSTED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "ABORTED",
-    "UNAUTHENTICATED",
-    "PERMISSION_DENIED",
-)
+ELSEWHERE = tuple(status for status in bucket.TROUBLE if status != "NOT_FOUND")
 #: Errors of the system that do: a file is not there, is a folder, cannot be read so far.
 OF_CONTENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
 SYSTEM_ERROR = re.compile(r"\[OS error (\d+)")

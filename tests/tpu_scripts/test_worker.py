@@ -156,12 +156,17 @@ def test_on_several_hosts_the_run_folder_is_the_bucket(host):
     assert "needs a BUCKET" in state(host)
 
 
-def test_a_preempted_run_goes_on_from_the_bucket(host):
+def at_work(host, behaviour):
+    """A trainer that has begun, and goes on until it is told to stop."""
     active(host)
-    (host.fake / "behaviour").write_text("wait")
+    (host.fake / "behaviour").write_text(behaviour)
     start(host)
     log = host.host / "azr_runs/demo.log"
     until(lambda: log.exists() and "working" in log.read_text())
+
+
+def test_a_preempted_run_goes_on_from_the_bucket(host):
+    at_work(host, "wait")
     assert state(host) == "worker 0 run: running"
     refused = host.run("setup.sh")
     assert refused.returncode == 1
@@ -216,11 +221,7 @@ def test_a_run_that_is_stopped_while_it_starts_is_no_failure(host):
 
 def test_a_run_that_still_saves_is_a_run(host):
     """A connection broke while the run was stopped: to stop it again is to wait, and its code stays."""
-    active(host)
-    (host.fake / "behaviour").write_text("slow")
-    start(host)
-    log = host.host / "azr_runs/demo.log"
-    until(lambda: log.exists() and "working" in log.read_text())
+    at_work(host, "slow")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lost = pool.submit(host.run, "stop.sh")
         until(lambda: unit_state(host) == "deactivating")
