@@ -36,7 +36,7 @@ from azr_jax.micro.language import is_held_out
 from azr_jax.models.attention import attend
 from azr_jax.models.attention_choice import choose_attention
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.tokenizer import load_tokenizer
+from azr_jax.models.tokenizer import Tokenizer, load_tokenizer
 from azr_jax.models.transformer import Params
 from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import digests, load_weights, model_folder
@@ -48,6 +48,7 @@ from azr_jax.stream import Stopped
 from azr_jax.tasks.buffers import TaskBuffers
 from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import GROUPS, KINDS, Role, Task
+from azr_jax.tasks.prompts import PromptFormat
 from azr_jax.telemetry import oversight
 from azr_jax.telemetry.process import CompileCounter, resident_mb
 from azr_jax.telemetry.progress import LEGEND, Progress, before_after_table, comparisons
@@ -68,19 +69,21 @@ class Run:
     def __init__(
         self,
         config: Config,
+        tokenizer: Tokenizer,
+        prompts: PromptFormat,
         pool: ExecutorPool,
         stopped: Callable[[], bool] = lambda: False,
         hosts: Hosts | None = None,
     ) -> None:
-        """stopped: asked now and then whether to raise `Stopped`. hosts: those of the run; None: this one alone."""
+        """config, tokenizer, prompts: as `with_prompts` gives them. stopped: asked now and then whether to raise
+        `Stopped`. hosts: those of the run; None: this one alone.
+        """
         self.config, self.stopped, self.hosts = config, stopped, hosts or Hosts()
         self.compiles = CompileCounter()
         self.folder = model_folder(config.model)
         self.model = ModelConfig.load(self.folder)
         self.mesh = make_mesh(config.mesh)
-        tokenizer = load_tokenizer(self.folder)
-        template, _ = choose_template(config.tasks.prompt_format, tokenizer)
-        self.prompts = make_prompts(template, tokenizer)
+        self.prompts = prompts
         kind = choose_attention(
             config.attention,
             head_dim=self.model.head_dim,
@@ -176,11 +179,23 @@ class Run:
         return state, metrics
 
 
-def with_template(config: Config) -> Config:
-    """The configuration with `tasks.prompt_format` settled, as it is saved; says which it is and why."""
-    template, why = choose_template(config.tasks.prompt_format, load_tokenizer(model_folder(config.model)))
+def with_prompts(config: Config) -> tuple[Config, Tokenizer, PromptFormat]:
+    """The configuration with `tasks.prompt_format` settled, as it is saved, and what follows from it.
+
+    Says which template it is and why.
+    """
+    tokenizer = load_tokenizer(model_folder(config.model))
+    template, why = choose_template(config.tasks.prompt_format, tokenizer)
     log.info("prompt template: %s (%s)", template, why)
-    return replace(config, tasks=replace(config.tasks, prompt_format=template))
+    settled = replace(config, tasks=replace(config.tasks, prompt_format=template))
+    return settled, tokenizer, make_prompts(template, tokenizer)
+
+
+def _start(config: Config, hosts: Hosts) -> tuple[Config, Tokenizer, PromptFormat]:
+    """`with_prompts`, once all hosts are known to mean the same. UserError: they do not."""
+    found = with_prompts(config)
+    hosts.agree("the start", False, **facts(found[0]), **digests(config.model))
+    return found
 
 
 def train(
@@ -190,9 +205,9 @@ def train(
 
     hosts: those of the run, all of which call this; None: this one alone.
     """
-    config, hosts = with_template(config), hosts or Hosts()
+    hosts = hosts or Hosts()
     hosts.relay(stop)
-    hosts.agree("the start", False, **facts(config), **digests(config.model))
+    config, tokenizer, prompts = _start(config, hosts)
     text = config_to_yaml(config)
     folder = RunFolder.open(config.run_dir, text, allow_config_change) if hosts.leads else Onlooker(config.run_dir)
     wandb = WandbSink(config.wandb_project if hosts.leads else "none", folder.path, asdict(config))
@@ -200,7 +215,7 @@ def train(
     with folder, wandb, ExecutorPool(config.executor) as pool, checkpoints:
         if not is_bucket(config.run_dir):
             require_shared(folder.path, hosts)
-        run = Run(config, pool, lambda: stop.requested, hosts)
+        run = Run(config, tokenizer, prompts, pool, lambda: stop.requested, hosts)
         stop.busy = lambda: checkpoints.saving
         log.info(
             "%s: preset %s (%s), control %s, %d parameters on %d device(s), run folder %s",
@@ -383,10 +398,10 @@ def _finish(run: Run, state: TrainState, folder: RunFolder) -> None:
 
 def seed(config: Config, out: TextIO, hosts: Hosts | None = None) -> int:
     """`azr-jax seed`: only the seed buffers, one task a line, by the first of `hosts`."""
-    config, hosts = with_template(config), hosts or Hosts()
-    hosts.agree("the start", False, **facts(config), **digests(config.model))
+    hosts = hosts or Hosts()
+    config, tokenizer, prompts = _start(replace(config, eval=replace(config.eval, every=0)), hosts)
     with ExecutorPool(config.executor) as pool:
-        run = Run(replace(config, eval=replace(config.eval, every=0)), pool, hosts=hosts)
+        run = Run(config, tokenizer, prompts, pool, hosts=hosts)
         params = run.fresh_state().params
         run.warm_up(params)
         run.selfplay.seed(params)

@@ -33,7 +33,7 @@ from azr_jax.executor import ExecutorPool, Request, Verdict
 from azr_jax.selfplay import SelfPlay
 from azr_jax.stream import Stream
 from azr_jax.tasks.buffers import TaskBuffers
-from azr_jax.train import Run
+from azr_jax.train import Run, with_prompts
 
 
 class Slow:
@@ -123,7 +123,7 @@ def main() -> None:
     os.sched_setaffinity(0, cores[1:] or cores)  # what the pool starts stays there
     with ExecutorPool(config.executor) as pool:
         os.sched_setaffinity(0, cores[:1])  # JAX starts its threads later
-        run = Run(config, pool)
+        run = Run(*with_prompts(config), pool)
         params = run.fresh_state().params
         run.warm_up(params)
         run.selfplay.seed(params)

@@ -23,7 +23,7 @@ from azr_jax.checkpoint import Checkpointer
 from azr_jax.config import ExecutorConfig
 from azr_jax.config_loader import load_config
 from azr_jax.executor import ExecutorPool
-from azr_jax.train import Run
+from azr_jax.train import Run, with_prompts
 from tests.learn.test_two_processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,8 +181,9 @@ def assert_the_same(place: Place, name: str, steps: int) -> None:
 
 def assert_weights(place: Place, name: str, step: int) -> None:
     """As those of one host; read by one process."""
+    config = load_config(place.folder / name / "config.yaml", [])
     with ExecutorPool(ExecutorConfig(workers=1)) as pool:
-        params = Run(load_config(place.folder / name / "config.yaml", []), pool).fresh_state().params
+        params = Run(*with_prompts(config), pool).fresh_state().params
     part = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)}
     one, other = (
         Checkpointer(place.folder / each / "checkpoints", 9).restore_part(step, part) for each in ("alone", name)

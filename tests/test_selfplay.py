@@ -26,7 +26,7 @@ from azr_jax.tasks.prompts import PromptFormat
 from azr_jax.tasks.rewards import Outcome
 from azr_jax.telemetry.metrics import unknown_names
 from azr_jax.telemetry.step_metrics import step_metrics
-from azr_jax.train import Run
+from azr_jax.train import Run, with_prompts
 from tests.hosts import on_hosts
 
 CONFIG = Config(
@@ -44,7 +44,7 @@ def pool() -> Iterator[ExecutorPool]:
 
 @pytest.fixture(scope="module")
 def run(pool: ExecutorPool) -> Run:
-    run = Run(CONFIG, pool)
+    run = Run(*with_prompts(CONFIG), pool)
     run.selfplay.seed(run.fresh_state().params)
     return run
 

@@ -136,10 +136,11 @@ def test_a_tag_in_a_value_is_no_tag_of_a_compact_prompt() -> None:
 
 def test_the_configuration_is_saved_with_the_template(tmp_path) -> None:
     from azr_jax.config import Config
-    from azr_jax.train import with_template
+    from azr_jax.train import with_prompts
 
     made.qwen(tmp_path, chats=True)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    config = with_template(Config(model=str(tmp_path)))
-    assert config.tasks.prompt_format == "chat" and with_template(config) == config
-    assert with_template(Config()).tasks.prompt_format == "compact"
+    config, tokenizer, prompts = with_prompts(Config(model=str(tmp_path)))
+    assert config.tasks.prompt_format == "chat" and with_prompts(config)[0] == config
+    assert isinstance(prompts, FullFormat) and tokenizer.turn_end() in tokenizer.eos_ids
+    assert with_prompts(Config())[0].tasks.prompt_format == "compact"

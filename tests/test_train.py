@@ -20,7 +20,7 @@ from azr_jax.config_loader import load_config
 from azr_jax.executor import ExecutorPool
 from azr_jax.telemetry import metrics
 from azr_jax.telemetry.metrics import unknown_names
-from azr_jax.train import Run
+from azr_jax.train import Run, with_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs/debug_cpu.yaml")
@@ -69,7 +69,7 @@ def repeatable(run_dir: Path) -> list[dict]:
 def arrays(run_dir: Path) -> tuple[int, list[np.ndarray], dict]:
     """Step, every array and the JSON part of the newest checkpoint."""
     with ExecutorPool(ExecutorConfig(workers=1)) as pool:
-        state = Run(load_config(run_dir / "config.yaml", []), pool).fresh_state()
+        state = Run(*with_prompts(load_config(run_dir / "config.yaml", [])), pool).fresh_state()
     restored = Checkpointer(run_dir / "checkpoints", 3).restore(state)
     assert restored is not None
     step, state, extra = restored

@@ -119,11 +119,11 @@ def test_banned_tokens_are_in_neither_distribution() -> None:
 
 
 def test_a_run_bans_on_request(tmp_path) -> None:
-    from azr_jax.train import Run
+    from azr_jax.train import Run, with_prompts
 
     config = Config(rollout=replace(ROLLOUT, ban_untrained_tokens=True))
     pool = SimpleNamespace(stats=dict)
-    run = Run(config, pool)  # type: ignore[arg-type]
+    run = Run(*with_prompts(config), pool)  # type: ignore[arg-type]
     assert run.banned is None
     run.fresh_state()
     assert run.banned is not None and run.banned.shape == (run.model.vocab_size,)
