@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -28,6 +29,17 @@ settings.load_profile("azr_jax")
 #: same bits whatever else it does, and a run after a kill, is a matter of what the compiler makes of them. Those
 #: compile as users do.
 LITTLE_OPTIMIZED = {"learn", "models", "test_sample.py", "test_score.py", "test_selfplay.py"}
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splash attention, the TPU's, on CPU, in blocks of 128."""
+    from azr_jax.models import attention_kernels
+
+    library = attention_kernels.splash_lib
+    make = partial(library.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(library, "make_splash_mha_single_device", make)
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from azr_jax import score
 from azr_jax.cli import main
 from azr_jax.learn.logprobs import chunk_tokens
+from azr_jax.models import attention_choice
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.tokenizer import load_tokenizer
 from azr_jax.models.transformer import init_params
@@ -26,6 +27,7 @@ from azr_jax.models.weights import EMBEDDED, save_weights
 from azr_jax.score import SHORTEST_ROW, TOKENS_AT_ONCE, Scorer, _batches
 
 GOLDEN = Path(__file__).parent / "golden"
+ROWS = ("tokens", "positions", "segments")
 NAMES = sorted(folder.parent.name for folder in GOLDEN.glob("*/config.json"))
 
 
@@ -140,13 +142,30 @@ def test_bfloat16_is_near(tmp_path, capsys):
     assert 1e-4 < error < 0.2
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_bfloat16_takes_the_kernel_of_the_device(monkeypatch, caplog):
+    """And float32 none, as a kernel would compute in less."""
+    reference = Scorer(GOLDEN / "qwen2_tied", ModelConfig.load(GOLDEN / "qwen2_tied"), "bfloat16")
+    monkeypatch.setattr(attention_choice, "KERNELS", {"cpu": "splash"})
+    caplog.set_level("INFO")
+    lines = sequences(3, 60)
+    for dtype, said in (("bfloat16", "attention: splash on cpu"), ("float32", "attention: xla (as configured)")):
+        caplog.clear()
+        scorer = Scorer(GOLDEN / "qwen2_tied", reference.config, dtype)
+        assert said in caplog.messages
+        program = str(jax.make_jaxpr(scorer._rows)(scorer.params, dict.fromkeys(ROWS, np.ones((8, 64), np.int32))))
+        assert ("splash" in program) == (dtype == "bfloat16")
+        for one, other in zip(scorer.logprobs(lines), reference.logprobs(lines), strict=True):
+            assert 0 < np.abs(one[1:] - other[1:]).mean() < 0.05 * np.abs(other[1:]).mean(), "of bfloat16's rounding"
+
+
 def test_no_full_logits(tmp_path):
     """Two rows of 4096 tokens over 8192 words would be twice the logits that may exist at once."""
     config = ModelConfig(8192, 8, 8, 1, 1, 1, 8)
     save_weights(tmp_path, config, init_params(config, 0))
     scorer = Scorer(tmp_path, config, "bfloat16")
     rows = jax.ShapeDtypeStruct((16, 4096), jnp.int32)
-    lowered = scorer._compiled.lower(scorer.params, dict.fromkeys(("tokens", "positions", "segments"), rows))
+    lowered = scorer._compiled.lower(scorer.params, dict.fromkeys(ROWS, rows))
     shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", lowered.compile().as_text())]
     assert 0 < max(np.prod(shape) for shape in shapes if 8192 in shape) <= 8192 * chunk_tokens(config)
 

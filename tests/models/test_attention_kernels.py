@@ -34,15 +34,6 @@ Array = Any
 NAN = float("nan")
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splash attention on CPU, in blocks of 128."""
-    library = attention_kernels.splash_lib
-    make = partial(library.make_splash_mha_single_device, interpret=True)
-    monkeypatch.setattr(library, "make_splash_mha_single_device", make)
-    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
-
-
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "layout, heads, kv_heads, hd, window",
