@@ -28,7 +28,21 @@ settings.load_profile("azr_jax")
 #: Folders and files whose tests compare mathematics within a tolerance, or no numbers. Whether the engine gives the
 #: same bits whatever else it does, and a run after a kill, is a matter of what the compiler makes of them. Those
 #: compile as users do.
-LITTLE_OPTIMIZED = {"learn", "models", "test_sample.py", "test_score.py", "test_selfplay.py"}
+LITTLE_OPTIMIZED = {"learn", "models", "test_sample.py", "test_score.py"}
+
+
+@pytest.fixture(scope="module")
+def two_devices() -> Iterator[None]:
+    """Runs and samples on two of the eight devices: eight that share two cores mostly wait for each other."""
+    import jax
+
+    from azr_jax import sample, train
+    from azr_jax.dist.mesh import make_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sample, train):
+            patch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
+        yield
 
 
 @pytest.fixture

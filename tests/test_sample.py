@@ -19,6 +19,8 @@ from azr_jax.models.tokenizer import load_tokenizer
 from azr_jax.models.transformer import init_params
 from azr_jax.models.weights import save_weights
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 PROGRAM = "def f(x):\n    return x + 1"
 
 

@@ -43,7 +43,7 @@ def pool() -> Iterator[ExecutorPool]:
 
 
 @pytest.fixture(scope="module")
-def run(pool: ExecutorPool) -> Run:
+def run(pool: ExecutorPool, two_devices: None) -> Run:
     run = Run(*with_prompts(CONFIG), pool)
     run.selfplay.seed(run.fresh_state().params)
     return run
