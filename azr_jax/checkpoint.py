@@ -205,10 +205,6 @@ class Checkpointer:
             "Restore the folder from a copy, or start over with another run_dir."
         )
 
-    def read_extra(self, step: int) -> dict[str, Any]:
-        """The JSON part of one checkpoint, without its arrays. Raises ValueError or OSError if damaged."""
-        return self._read_record(step)["extra"]
-
     def restore_part(self, step: int, part: dict[str, Any]) -> dict[str, Any]:
         """Some arrays of one checkpoint; the others are not read.
 

@@ -97,11 +97,6 @@ def only_section(section: str, overrides: Sequence[str]) -> list[str]:
     return list(overrides)
 
 
-def config_from_dict(record: Mapping[str, Any], source: str = "the configuration") -> Config:
-    """Inverse of `dataclasses.asdict`; missing keys take their defaults. ConfigError as in `load_config`."""
-    return _checked(dict(_flatten(record, source)), source)
-
-
 def config_to_yaml(config: Config) -> str:
     """Every key with its value; `load_config` of the text gives the same configuration back."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
@@ -155,7 +150,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: not a YAML file: not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not a YAML file: {_one_line(error)}") from None
-    if raw is None or raw == "":
+    if raw == "" or raw is None:
         raise ConfigError(f"{path} is empty; `azr-jax config` lists the keys it may hold")
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path}: expected `key: value` lines, got {_shown(raw)}")
@@ -194,7 +189,7 @@ def _flatten(record: Mapping[str, Any], source: str, prefix: str = "") -> Iterat
             raise ConfigError(f"{source}: {_unknown_key(key)}")
         elif isinstance(value, Mapping):
             yield from _flatten(value, source, key + ".")
-        elif value is not None and value != "":  # a section without any key below it keeps its defaults
+        elif value != "":  # a section without any key below it keeps its defaults
             raise ConfigError(f"{source}: `{key}` is a section of keys, got {_shown(value)}")
 
 
@@ -223,8 +218,8 @@ def _unknown_key(key: str) -> str:
 
 
 def _parse_value(value: Any, hint: Any, where: str) -> Any:
-    """A value of type `hint` from text or from a Python value that already has it (an int will do for a float)."""
-    if value is None or value == "":
+    """A value of type `hint` from text; anything else, a list or a section, is refused."""
+    if value == "":
         raise ConfigError(f"{where} has no value; expected {describe_type(hint)}, or leave the line out")
     problem = ConfigError(f"{where}: expected {describe_type(hint)}, got {_shown(value)}")
     if get_origin(hint) is Literal:
@@ -232,23 +227,20 @@ def _parse_value(value: Any, hint: Any, where: str) -> Any:
             return value
         close = difflib.get_close_matches(str(value), get_args(hint), n=1)
         raise ConfigError(f"{problem}; did you mean {close[0]}?") if close else problem
+    if not isinstance(value, str):
+        raise problem
     if hint is str:
-        if not isinstance(value, str):
-            raise problem
         return value
     if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if not isinstance(value, str) or value.lower() not in ("true", "false"):
+        if value.lower() not in ("true", "false"):
             raise problem
         return value.lower() == "true"
-    if isinstance(value, bool) or not isinstance(value, (str, int) if hint is int else (str, int, float)):
-        raise problem
     try:
         number = hint(value)
+        finite = math.isfinite(number)  # OverflowError: an integer larger than any float
     except (ValueError, OverflowError):
         raise problem from None
-    if not math.isfinite(number):
+    if not finite:
         raise problem
     return number
 

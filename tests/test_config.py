@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -17,7 +17,6 @@ from azr_jax.config_doc import config_keys_doc, key_comments
 from azr_jax.config_loader import (
     AT_LEAST,
     INTERVALS,
-    config_from_dict,
     config_leaves,
     config_to_yaml,
     load_config,
@@ -103,7 +102,6 @@ def test_round_trips(lr, temperature, steps, reuse, run_dir):
         learn=LearnConfig(lr=lr, reuse_estimates=reuse),
         rollout=RolloutConfig(temperature=temperature),
     )
-    assert config_from_dict(asdict(config)) == config
     path = Path(tempfile.mkdtemp()) / "run.yaml"
     path.write_text(config_to_yaml(config), encoding="utf-8")
     assert load_config(path) == config
@@ -144,6 +142,7 @@ def test_sampling_filters_are_explained(tmp_path, name):
         ("steps", "1.5", "an integer"),
         ("steps", "true", "an integer"),
         ("steps", "many", "an integer"),
+        ("steps", "1" + 400 * "0", "an integer"),
         ("steps", "[1, 2]", "a list"),
         ("steps", "{a: 1}", "a section"),
         ("learn.lr", "fast", "a number"),
@@ -164,15 +163,6 @@ def test_wrong_types(tmp_path, key, text, expected):
     section, _, name = key.rpartition(".")
     message = refused(file(tmp_path, f"{section}:\n  {name}: {text}\n" if section else f"{key}: {text}\n"))
     assert key in message and expected in message
-
-
-def test_python_values_are_held_to_the_same_types():
-    assert config_from_dict({"learn": {"grad_clip": 2}}).learn.grad_clip == 2.0
-    for record in ({"steps": True}, {"steps": 2.0}, {"learn": {"lr": True}}, {"run_dir": 3}, {"learn": {"remat": 1}}):
-        with pytest.raises(ConfigError):
-            config_from_dict(record, "config.yaml")
-    with pytest.raises(ConfigError, match="config.yaml: `steps`"):
-        config_from_dict({"steps": None}, "config.yaml")
 
 
 def test_override_syntax():
