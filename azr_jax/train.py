@@ -229,7 +229,8 @@ def train(
         )
         beginning = _resume_or_seed(run, checkpoints, folder)
         if beginning is None:
-            log.info("stopped before the first step: nothing is lost; resumable: run the same command again")
+            # Warnings, since hosts but the first show no less; tpu_scripts/worker/run.sh looks for these lines.
+            log.warning("stopped before the first step: nothing is lost; resumable: run the same command again")
             return stop.exit_code
         state, number = beginning
         progress, saved = Progress(config.steps), number
@@ -270,12 +271,12 @@ def train(
         checkpoints.wait()
         stopped = hosts.agree("the end of training", stop.requested)
         if number < config.steps or stopped:  # the table at the end takes longer than a preemption waits
-            log.info("stopped after step %d of %d; resumable: run the same command again", number, config.steps)
+            log.warning("stopped after step %d of %d; resumable: run the same command again", number, config.steps)
             return stop.exit_code
         try:
             _finish(run, state, folder)
         except Stopped:
-            log.info("stopped before the table at the end; resumable: run the same command again")
+            log.warning("stopped before the table at the end; resumable: run the same command again")
         folder.push()
     return stop.exit_code
 
