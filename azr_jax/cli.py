@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--topology",
         metavar="NAME",
         required=True,
-        help="v5e:4x4, v6e:2x4, v5p:2x2x2, v5e-16, h200:1, h100:1, cpu, ...",
+        help="v5e:4x4, v6e:2x4, v5p:2x2x2, v5litepod-16, h200:1, h100:1, cpu, ...",
     )
     sub.add_argument("--layers", type=_count, help="cut the model to so many, to check the rest sooner")
     _add_json(sub)

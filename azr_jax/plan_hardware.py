@@ -48,15 +48,16 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """From `v5e:4x4`, its accelerator type `v5e-16`, `h200:1` or `cpu`. ConfigError with the list for anything else."""
+    """From `v5e:4x4`, `v5e-16`, `v5litepod-16`, `h200:1` or `cpu`. ConfigError with the list for anything else."""
     if text == "cpu":
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         return Target("cpu", Chip("cpu", "cpu", memory, memory, 2e11, 2e10), 1, 1)
     for target in known_targets():
-        if text.lower() in (target.name, accelerator_type(target)):
+        kind = accelerator_type(target)
+        if text.lower() in (target.name, kind, kind.replace("v5litepod", "v5e")):
             return target
     names = ", ".join(target.name for target in known_targets())
-    raise ConfigError(f"topology {text!r} is not known; there are {names}, cpu, and accelerator types such as v5e-16")
+    raise ConfigError(f"topology {text!r} is not known; there are {names}, cpu, and accelerator types such as v6e-8")
 
 
 def known_targets(chip: str | None = None) -> list[Target]:
@@ -72,10 +73,11 @@ def known_targets(chip: str | None = None) -> list[Target]:
 
 
 def accelerator_type(target: Target) -> str:
-    """The name a slice is asked for by (`v5e-16`); of a GPU machine or CPU its own."""
+    """The name gcloud knows a slice by (`v5litepod-16`); of a GPU machine or CPU its own."""
     shape = target.name.partition(":")[2]
     numbers = SLICES.get(target.chip.name, {})
-    return next((f"{target.chip.name}-{n}" for n, known in numbers.items() if known == shape), target.name)
+    kind = "v5litepod" if target.chip.name == "v5e" else target.chip.name
+    return next((f"{kind}-{n}" for n, known in numbers.items() if known == shape), target.name)
 
 
 def _product(shape: str) -> int:

@@ -55,9 +55,9 @@ def kept_results(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize(
     ("text", "name", "kind", "chips", "hosts", "host"),
     [
-        ("v5e:2x4", "v5e:2x4", "v5e-8", 8, 1, "v5e:2x4"),
-        ("v5e-16", "v5e:4x4", "v5e-16", 16, 4, "v5e:2x2"),
-        ("v5e-64", "v5e:8x8", "v5e-64", 64, 16, "v5e:2x2"),
+        ("v5e:2x4", "v5e:2x4", "v5litepod-8", 8, 1, "v5e:2x4"),
+        ("v5e-16", "v5e:4x4", "v5litepod-16", 16, 4, "v5e:2x2"),
+        ("v5litepod-64", "v5e:8x8", "v5litepod-64", 64, 16, "v5e:2x2"),
         ("v6e:2x4", "v6e:2x4", "v6e-8", 8, 1, "v6e:2x4"),
         ("v5p:2x2x1", "v5p:2x2x1", "v5p-8", 4, 1, "v5p:2x2x1"),
         ("v5p-16", "v5p:2x2x2", "v5p-16", 8, 2, "v5p:2x2x1"),
