@@ -10,7 +10,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-GOOGLE = "0x1ae0"  # PCI vendor of TPU chips
+GOOGLE = "0x1ae0"  # PCI vendor of TPU chips, and of Compute Engine's network cards and disks
+NO_CHIPS = ("0x01", "0x02")  # PCI classes: storage, network
 PCI = Path("/sys/bus/pci/devices")
 
 
@@ -24,4 +25,7 @@ def skip_absent_tpu(devices: Path = PCI, nvidia: Path = Path("/dev/nvidiactl")) 
 
 def has_tpu(devices: Path = PCI) -> bool:
     """Whether this machine has TPU chips of its own."""
-    return any(file.read_text().strip() == GOOGLE for file in devices.glob("*/vendor"))
+    for vendor in devices.glob("*/vendor"):
+        if vendor.read_text().strip() == GOOGLE and not vendor.with_name("class").read_text().startswith(NO_CHIPS):
+            return True
+    return False
