@@ -42,7 +42,7 @@ while :; do
     ABSENT) try create ;;
     SUSPENDED | FAILED | 'node PREEMPTED' | 'node TERMINATED' | 'node ABSENT')
       note "$state: the slice is gone, clearing the way for a new one"
-      "$here/delete.sh" --now || note "could not delete it, trying again"
+      "$here/delete.sh" --now || failed 'delete.sh'
       ;;
     'node READY')
       runs=$(remote all "$RUN_STATE") || runs='run: cannot be asked'

@@ -412,3 +412,9 @@ def test_installation_fetches_uv_and_the_model(host):
     until(lambda: ended(host))
     assert state(host) == "worker 0 run: finished"
     assert f"model={host.host}/azr_model\nsteps=1\n" in (host.fake / "trainer").read_text()
+
+    host.settings(MODEL="gs://models/other")  # whose weights are not here
+    begun = (host.fake / "trainer").read_text()
+    assert host.run("launch.sh").returncode == 0
+    until(lambda: "setup.sh again" in state(host))
+    assert "run: failed (MODEL is gs://models/other" in state(host) and (host.fake / "trainer").read_text() == begun

@@ -8,7 +8,8 @@ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 [[ -x $VENV/bin/python ]] || uv venv --python "$PYTHON_VERSION" "$VENV"
 uv pip install --quiet --python "$VENV/bin/python" --editable "${TREE}[tpu]"
 if [[ -n $MODEL ]]; then
-  mkdir -p "$LOCAL_MODEL"
-  gcloud storage rsync --recursive "$MODEL" "$LOCAL_MODEL"
+  mkdir -p "$LOCAL_MODEL" # and no files of another model in it
+  gcloud storage rsync --recursive --delete-unmatched-destination-objects "$MODEL" "$LOCAL_MODEL"
+  printf "%s\n" "$MODEL" >"$LOCAL_MODEL.from"
 fi
 echo "worker $(worker_number): installed"

@@ -18,6 +18,9 @@ if several_hosts; then # one run over all of them: its folder is where all can r
 else
   restore || end "failed (could not read $REMOTE)"
 fi
+if [[ -n $MODEL && $MODEL != "$(cat -- "$LOCAL_MODEL.from" || :)" ]]; then
+  end "failed (MODEL is $MODEL, and what setup.sh fetched is not: setup.sh again)"
+fi
 [[ -z $MODEL ]] || OVERRIDES=("model=$LOCAL_MODEL" "${OVERRIDES[@]}")
 stopped=no
 trap 'stopped=yes; kill -TERM $(jobs -p) || :' TERM # the one job is train, if it is there yet
