@@ -57,7 +57,7 @@ SMALL += ["eval.every=3", "eval.per_kind=4", "tasks.samples=2"]
 PHASES = ("boot", "start", "seed", "restore", "decode", "execute", "update", "write", "save", "evaluate", "finish")
 WHOLE = ("seed", "evaluate", "finish")  # they decode and execute too
 #: Phase -> the longest wait, in seconds, between entering it and the kill; some moments fall into the phase after it.
-TARGETS = {"start": 1.2, "decode": 0.2, "execute": 0.1, "update": 0.1, "write": 0.02, "save": 0.12, "evaluate": 0.3}
+TARGETS = {"start": 1.2, "decode": 0.2, "execute": 0.01, "update": 0.1, "write": 0.02, "save": 0.12, "evaluate": 0.3}
 PATIENCE = 300.0  # seconds; a run that does not get anywhere in this time hangs
 PHASE, STEP = 0, 1  # bytes of the shared memory
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a killed run become children of this process
