@@ -76,7 +76,7 @@ def test_a_config_compiles_for_its_slice(name):
 
 @pytest.mark.parametrize("name", twins())
 def test_an_update_compiles_for_its_slice(name):
-    setup = small(name, LAYERS, tokens=128)
+    setup = small(name, LAYERS, tokens=64)
     done = plan_compile.lower(setup, "update").compile()
     memory, expected = done.memory_analysis(), setup.bytes_of("update")
     assert memory.argument_size_in_bytes == pytest.approx(expected.argument, rel=0.05)
