@@ -61,9 +61,10 @@ class Scorer:
         self.config = config
         self.mesh = make_mesh(MeshConfig())
         self.params = load_weights(folder, config, param_shardings(config, self.mesh), jnp.dtype(dtype))
-        windows = bool(config.sliding_layers)
-        wanted = "xla" if dtype == "float32" else "auto"
-        kind = choose_attention(wanted, head_dim=config.head_dim, dtype=dtype, windows=windows)
+        kind = "xla"
+        if dtype == "bfloat16":
+            windows = bool(config.sliding_layers)
+            kind = choose_attention("auto", head_dim=config.head_dim, dtype=dtype, windows=windows)
         self._attend = partial(attend, kind=kind, mesh=self.mesh)
         self._precision = "highest" if dtype == "float32" else "default"
         self._compiled = jax.jit(self._rows)

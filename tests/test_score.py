@@ -149,10 +149,10 @@ def test_bfloat16_takes_the_kernel_of_the_device(monkeypatch, caplog):
     monkeypatch.setattr(attention_choice, "KERNELS", {"cpu": "splash"})
     caplog.set_level("INFO")
     lines = sequences(3, 60)
-    for dtype, said in (("bfloat16", "attention: splash on cpu"), ("float32", "attention: xla (as configured)")):
+    for dtype, said in (("bfloat16", ["attention: splash on cpu"]), ("float32", [])):
         caplog.clear()
         scorer = Scorer(GOLDEN / "qwen2_tied", reference.config, dtype)
-        assert said in caplog.messages
+        assert [message for message in caplog.messages if message.startswith("attention")] == said
         program = str(jax.make_jaxpr(scorer._rows)(scorer.params, dict.fromkeys(ROWS, np.ones((8, 64), np.int32))))
         assert ("splash" in program) == (dtype == "bfloat16")
         for one, other in zip(scorer.logprobs(lines), reference.logprobs(lines), strict=True):
