@@ -9,6 +9,7 @@ command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 uv pip install --quiet --python "$VENV/bin/python" --editable "${TREE}[tpu]"
 if [[ -n $MODEL ]]; then
   mkdir -p "$LOCAL_MODEL" # and no files of another model in it
+  rm -f -- "$LOCAL_MODEL.from" # nothing whole is there until the copy has ended
   gcloud storage rsync --recursive --delete-unmatched-destination-objects "$MODEL" "$LOCAL_MODEL"
   printf "%s\n" "$MODEL" >"$LOCAL_MODEL.from"
 fi
