@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
 
 import pytest
 from hypothesis import settings
 
-FAKE_DEVICES = "--xla_force_host_platform_device_count=8"
+from tests.compiling import quickly, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if FAKE_DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    flags = [os.environ.get("XLA_FLAGS", ""), FAKE_DEVICES]
-    if version("jaxlib").startswith("0.10."):  # XLA ends the process over a flag that it does not know
-        flags.append("--xla_cpu_parallel_codegen_split_count=1")  # less work in all, where other tests have the cores
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), xla_flags(8)]).strip()
 
 # A shared machine is slow at times: no deadlines. The same examples on every run: a failure can be run again.
 settings.register_profile("azr_jax", deadline=None, derandomize=True, print_blob=True)
@@ -58,15 +54,5 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def little_optimized(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Half of the time of these tests would be the compiler's, for programs that run once."""
-    if not LITTLE_OPTIMIZED & {request.path.parent.name, request.path.name}:
+    with quickly() if LITTLE_OPTIMIZED & {request.path.parent.name, request.path.name} else nullcontext():
         yield
-        return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes that they start
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # nothing compiled so is left to others

@@ -22,6 +22,7 @@ from azr_jax.bucket import Objects, mount, split
 from azr_jax.checkpoint import Checkpointer
 from azr_jax.errors import ConfigError, UserError
 from azr_jax.telemetry.run_folder import RunFolder
+from tests.compiling import xla_flags
 from tests.fake_gcs import FakeGcs
 from tests.learn.test_two_processes import free_port
 
@@ -208,7 +209,7 @@ def train(tmp_path: Path, run_dir: str, machine: str, *overrides: str) -> tuple[
     command += ["tasks.seed_factor=1", "tasks.batch=2", "executor.workers=1", "eval.every=1", "eval.per_kind=4"]
     command += ["checkpoint.every=1", "checkpoint.keep=1", *overrides]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device; nothing here runs long
+        "XLA_FLAGS": xla_flags(1, quick=True),
         "XDG_CACHE_HOME": str(tmp_path / machine),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

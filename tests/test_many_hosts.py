@@ -24,6 +24,7 @@ from azr_jax.config import ExecutorConfig
 from azr_jax.config_loader import load_config
 from azr_jax.executor import ExecutorPool
 from azr_jax.train import Run, with_prompts
+from tests.compiling import xla_flags
 from tests.learn.test_two_processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +87,7 @@ class Place:
         """The run of this name, on so many hosts; the last one is slow, or computes something else from step 2 on."""
         config = [str(ROOT / "configs/debug_cpu.yaml"), f"run_dir={self.folder / name}"]
         environment = os.environ | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device each; nothing here runs long
+            "XLA_FLAGS": xla_flags(1, quick=True),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -2,7 +2,8 @@
 
 What is cut, so that all of them take two minutes: depth (two layers for a prefill, which leaves most of the last one
 out, one for decoding, three for an update, which loops over them), hidden and feed-forward width, vocabulary; prompts,
-responses and rows to a few hundred tokens. Whole ones take most of an hour: `make plan-all`.
+responses and rows to a few hundred tokens; an update takes random bits from the chip, not from Threefry. Whole ones
+take most of an hour: `make plan-all`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def test_a_config_compiles_for_its_slice(name):
 @pytest.mark.parametrize("name", twins())
 def test_an_update_compiles_for_its_slice(name):
     setup = small(name, LAYERS, tokens=64)
-    done = plan_compile.lower(setup, "update").compile()
+    with jax.default_prng_impl("rbg"):  # Threefry would be a third of the work, for the rounding of moments
+        done = plan_compile.lower(setup, "update").compile()
     memory, expected = done.memory_analysis(), setup.bytes_of("update")
     assert memory.argument_size_in_bytes == pytest.approx(expected.argument, rel=0.05)
     assert memory.alias_size_in_bytes == pytest.approx(expected.alias, rel=0.05)  # the state is given up

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from azr_jax.config import MeshConfig
 from azr_jax.learn.state import init_state
 from azr_jax.learn.step import make_update
+from tests.compiling import xla_flags
 from tests.learn.test_step import CONFIG, MODEL, mesh_of, packed, params_of
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ def free_port() -> int:
 def run_two(program: str, *arguments: list[str]) -> None:
     """Two processes of four devices each: `program` gets an address for both, its own number, and its arguments."""
     address = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(4, quick=True)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, address, str(i), *own],
