@@ -27,7 +27,6 @@ from azr_jax.executor.protocol import verdict_fields
 from azr_jax.executor.values import canonical, parse_arguments, parse_value
 from azr_jax.learn.state import param_shardings
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.tokenizer import load_tokenizer
 from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import load_weights, model_folder
 from azr_jax.rollout.engine import Engine
@@ -38,7 +37,7 @@ from azr_jax.tasks.compact import CompactFormat
 from azr_jax.tasks.kinds import Kind, Role, Task
 from azr_jax.tasks.literal import unmarked
 from azr_jax.tasks.validation import distinct_inputs, proposal_rejection
-from azr_jax.templates import choose_template, make_prompts
+from azr_jax.templates import load_prompts
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +61,7 @@ class Model:
     ) -> None:
         folder = model_folder(name)
         self.config = ModelConfig.load(folder)
-        self.tokenizer = load_tokenizer(folder)
-        template, why = choose_template("auto", self.tokenizer)
-        log.info("prompt template: %s (%s)", template, why)
-        self.prompts = make_prompts(template, self.tokenizer)
+        _, self.tokenizer, self.prompts = load_prompts(name, "auto")
         self.compact = isinstance(self.prompts, CompactFormat)
         self.mesh = make_mesh(MeshConfig())
         self.params = load_weights(folder, self.config, param_shardings(self.config, self.mesh))

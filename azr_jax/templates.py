@@ -9,18 +9,34 @@ are `base`.
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 from azr_jax.errors import ConfigError
-from azr_jax.models.tokenizer import Tokenizer
+from azr_jax.models.tokenizer import Tokenizer, load_tokenizer
+from azr_jax.models.weights import model_folder
 from azr_jax.tasks.compact import TAGS, CompactFormat
 from azr_jax.tasks.full import FullFormat
 from azr_jax.tasks.prompts import PromptFormat
 
+log = logging.getLogger(__name__)
+
 Template = Literal["base", "chat", "compact"]
+Choice = Literal["auto", "base", "chat", "compact"]
 
 
-def choose_template(name: Literal["auto", "base", "chat", "compact"], tokenizer: Tokenizer) -> tuple[Template, str]:
+def load_prompts(model: str, name: Choice) -> tuple[Template, Tokenizer, PromptFormat]:
+    """What a model is spoken to with: the template, which is logged with the reason, its tokenizer and its prompts.
+
+    UserError: there is no such model, or its tokenizer cannot be read. ConfigError: as `choose_template`.
+    """
+    tokenizer = load_tokenizer(model_folder(model))
+    template, why = choose_template(name, tokenizer)
+    log.info("prompt template: %s (%s)", template, why)
+    return template, tokenizer, make_prompts(template, tokenizer)
+
+
+def choose_template(name: Choice, tokenizer: Tokenizer) -> tuple[Template, str]:
     """The template and, in a few words, why. ConfigError: `chat` for a tokenizer without a chat template."""
     if name == "chat" and tokenizer.chat is None:
         raise ConfigError("tasks.prompt_format=chat, but the model's folder has no chat template; use base")

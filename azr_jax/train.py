@@ -36,7 +36,7 @@ from azr_jax.micro.language import is_held_out
 from azr_jax.models.attention import attend
 from azr_jax.models.attention_choice import choose_attention
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.tokenizer import Tokenizer, load_tokenizer
+from azr_jax.models.tokenizer import Tokenizer
 from azr_jax.models.transformer import Params
 from azr_jax.models.vocabulary import audit
 from azr_jax.models.weights import digests, load_weights, model_folder
@@ -56,7 +56,7 @@ from azr_jax.telemetry.report import write_report
 from azr_jax.telemetry.run_folder import Onlooker, RunFolder
 from azr_jax.telemetry.step_metrics import engine_metrics, step_metrics
 from azr_jax.telemetry.wandb_sink import WandbSink
-from azr_jax.templates import choose_template, make_prompts
+from azr_jax.templates import load_prompts
 
 log = logging.getLogger(__name__)
 
@@ -180,15 +180,9 @@ class Run:
 
 
 def with_prompts(config: Config) -> tuple[Config, Tokenizer, PromptFormat]:
-    """The configuration with `tasks.prompt_format` settled, as it is saved, and what follows from it.
-
-    Says which template it is and why.
-    """
-    tokenizer = load_tokenizer(model_folder(config.model))
-    template, why = choose_template(config.tasks.prompt_format, tokenizer)
-    log.info("prompt template: %s (%s)", template, why)
-    settled = replace(config, tasks=replace(config.tasks, prompt_format=template))
-    return settled, tokenizer, make_prompts(template, tokenizer)
+    """The configuration with `tasks.prompt_format` settled, as it is saved, and what follows from it."""
+    template, tokenizer, prompts = load_prompts(config.model, config.tasks.prompt_format)
+    return replace(config, tasks=replace(config.tasks, prompt_format=template)), tokenizer, prompts
 
 
 def _start(config: Config, hosts: Hosts) -> tuple[Config, Tokenizer, PromptFormat]:

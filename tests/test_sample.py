@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from azr_jax import sample
+from azr_jax import sample, templates
 from azr_jax.cli import main
 from azr_jax.config import ExecutorConfig
 from azr_jax.executor import ExecutorPool
@@ -206,7 +206,7 @@ def test_output_for_people(run):
 def test_only_a_model_that_knows_the_tags_gets_compact_prompts(folder, monkeypatch):
     assert sample.Model(folder, 1.0, 0).compact
 
-    monkeypatch.setattr(sample, "choose_template", lambda name, tokenizer: ("base", "so it is"))
+    monkeypatch.setattr(templates, "choose_template", lambda name, tokenizer: ("base", "so it is"))
     model = sample.Model(folder, 1.0, 0)
     assert not model.compact and model.prompts.stop == ("</answer>",)
 
