@@ -20,6 +20,7 @@ from typing import TypeVar
 from azr_jax import __version__
 from azr_jax.errors import UserError
 from azr_jax.platforms import skip_absent_tpu
+from azr_jax.signals import GRACE_SECONDS, GracefulStop
 
 FAILED, INTERRUPTED = 1, 130
 PRETRAIN_UPDATES = 14_000  # of the shipped model: 29 M tokens
@@ -107,6 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--allow-config-change", action="store_true", help="resume although the config differs from the run folder's"
     )
+    patience = f"how long after SIGTERM to wait for an update before giving it up (default: {GRACE_SECONDS:.0f})"
+    sub.add_argument("--grace", metavar="SECONDS", type=_not_negative, default=GRACE_SECONDS, help=patience)
     _add_hosts(sub)
     sub = command("seed", _seed, "print only the seed buffers, one JSON task a line")
     _add_config(sub)
@@ -301,9 +304,7 @@ def _train(args: argparse.Namespace) -> int:
     from azr_jax.config_loader import load_config
 
     config = load_config(args.config, args.overrides)  # before JAX loads: a mistake is reported at once
-    from azr_jax.signals import GracefulStop
-
-    with GracefulStop() as stop:
+    with GracefulStop(args.grace) as stop:
         from azr_jax.dist.join import join
         from azr_jax.train import train
 

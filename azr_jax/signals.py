@@ -2,7 +2,7 @@
 
 The first signal only raises a flag; the loop looks at it between two blocks of decoding, gives up the step, which a
 resumed run makes again, saves what came before it and leaves. Some things cannot look: an update that compiles for
-minutes, or a long one. Who sends SIGTERM will not wait for them, so after `GRACE_SECONDS` a thread ends the process,
+minutes, or a long one. Who sends SIGTERM will not wait for them, so after a grace time a thread ends the process,
 unless a checkpoint is being written; the last one is what the run goes on from.
 
 A Ctrl-C after the first signal stops at once by KeyboardInterrupt: checkpoints are renamed into place when complete, so
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Exit code of a run that stopped early, by signal. A preempted run ended well: its checkpoint resumes it.
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
-#: From SIGTERM to giving up what does not end by itself. Compute Engine and Kubernetes kill after 30 s.
+#: Unless `--grace` says more, from SIGTERM to giving up what does not end by itself. Compute Engine and Kubernetes kill
+#: after 30 s.
 GRACE_SECONDS = 20.0
 
 

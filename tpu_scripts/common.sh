@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # the scripts that source this use what it sets
 # What every script on your machine shares: settings, --dry-run, --help, and questions about the slice. Sourced.
 set -euo pipefail
 
@@ -27,6 +27,7 @@ for name in VALID_UNTIL MODEL BUCKET; do [[ -v $name ]] || die "$name is missing
 [[ -z $BUCKET || $BUCKET == gs://?* ]] || die "BUCKET in $SETTINGS is $BUCKET, must be empty or begin with gs://"
 [[ $RUN_NAME != */* ]] || die "RUN_NAME in $SETTINGS is $RUN_NAME, must be a name without /"
 [[ $DRY_RUN == yes || $PROJECT != my-project ]] || die "PROJECT in $SETTINGS is still the placeholder my-project"
+[[ $DRY_RUN == yes || $BUCKET != gs://my-bucket/azr ]] || die "BUCKET in $SETTINGS is still the placeholder $BUCKET"
 [[ $DRY_RUN == yes ]] || command -v gcloud >/dev/null || die 'gcloud is missing, see docs/tpu.md'
 WHERE=(--project="$PROJECT" --zone="$ZONE")
 
@@ -53,13 +54,11 @@ ask() { # the answer of a describe command; ABSENT if there is no such thing, UN
   rm -f -- "$errors"
 }
 
-# shellcheck disable=SC2034 # for the scripts that source this
 QUEUE=(compute tpus queued-resources describe "$TPU_NAME" "${WHERE[@]}" --format='value(state.state)')
-# shellcheck disable=SC2034
 NODE=(compute tpus tpu-vm describe "$TPU_NAME" "${WHERE[@]}" --format='value(state)')
-# A run that still saves is `deactivating`, for which `is-active` fails as it does for none. To stop it then is to wait.
+# A run that still saves is `deactivating`, for which `is-active` fails as it does for none; to stop it is to wait.
 NO_RUN='systemctl is-active azr | grep -qxE "inactive|failed|unknown"'
-# shellcheck disable=SC2034
 STOP_RUN="$NO_RUN || sudo systemctl stop azr"
-# shellcheck disable=SC2034 # a host that was never set up has no state.sh
+# A host that was never set up has nothing to upload, and no state.sh.
+UPLOAD_RUN='[ ! -d azr_jax ] || bash azr_jax/tpu_scripts/worker/sync.sh'
 RUN_STATE='bash azr_jax/tpu_scripts/worker/state.sh 2>/dev/null || echo "run: none"'

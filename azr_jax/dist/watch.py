@@ -170,10 +170,11 @@ class Watch:
 
 
 def leave(message: str, code: int = 1) -> NoReturn:
-    """End this process, whatever its main thread is doing, with one line on stderr."""
+    """End this process, whatever its main thread is doing, with one line on stderr. Code 0: the run was told to stop."""
+    line = f"error: {message}" if code else f"{message}; resumable: run the same command again"
     try:
         sys.stdout.flush()
-        os.write(2, f"azr-jax: error: {message}\n".encode())
+        os.write(2, f"azr-jax: {line}\n".encode())
     finally:  # also where nobody can be told: a full disk, a closed pipe
         os._exit(code)
 

@@ -26,7 +26,7 @@ class Desk:
             path.mkdir()
         shutil.copytree(ROOT / "tpu_scripts", self.repository / "tpu_scripts")
         self.program("gcloud", f'exec {sys.executable} -I -S {Path(__file__).parent / "fake_gcloud.py"} "$@"')
-        self.settings(PROJECT="a-project", POLL_SECONDS="0", SYNC_SECONDS="3600")
+        self.settings(PROJECT="a-project", BUCKET="gs://a-bucket/azr", POLL_SECONDS="0", SYNC_SECONDS="3600")
 
     def program(self, name: str, body: str) -> None:
         path = self.bin / name

@@ -109,7 +109,8 @@ def test_stop_and_delete(desk):
     assert desk.run("stop.sh").returncode == 0
     assert desk.calls == [ssh("all", STOP)]
     assert desk.run("delete.sh").returncode == 0
-    assert desk.calls[1:] == [ssh("all", STOP), DELETE]
+    upload = "[ ! -d azr_jax ] || bash azr_jax/tpu_scripts/worker/sync.sh"
+    assert desk.calls[1:] == [ssh("all", STOP), ssh("0", upload), DELETE]
 
 
 def test_delete_keeps_a_slice_whose_run_cannot_be_stopped(desk):
@@ -122,10 +123,20 @@ def test_delete_keeps_a_slice_whose_run_cannot_be_stopped(desk):
     assert desk.calls[1:] == [DELETE]
 
 
+def test_delete_keeps_a_slice_that_has_the_only_copy(desk):
+    desk.settings(BUCKET="")
+    done = desk.run("delete.sh")
+    assert done.returncode == 2
+    assert "delete.sh --now" in done.stderr
+    assert not desk.calls
+    assert desk.run("delete.sh", "--now").returncode == 0
+    assert desk.calls == [DELETE]
+
+
 def test_sync(desk):
     assert desk.run("sync.sh", "up").returncode == 0
     assert desk.calls == [ssh("0", "bash azr_jax/tpu_scripts/worker/sync.sh")]
-    metrics = desk.fake / "bucket/my-bucket/azr/demo/metrics.jsonl"
+    metrics = desk.fake / "bucket/a-bucket/azr/demo/metrics.jsonl"
     checkpoint = metrics.parent / "checkpoints/step_000010/state"
     checkpoint.parent.mkdir(parents=True)
     metrics.write_text("{}")
@@ -136,7 +147,7 @@ def test_sync(desk):
     assert not (here / "checkpoints").exists()
     assert desk.run("sync.sh", "checkpoints").returncode == 0
     assert (here / "checkpoints/step_000010/state").exists()
-    assert desk.calls[2] == ["storage", "rsync", "--recursive", "gs://my-bucket/azr/demo", "runs/demo"]
+    assert desk.calls[2] == ["storage", "rsync", "--recursive", "gs://a-bucket/azr/demo", "runs/demo"]
 
 
 def test_status(desk):
@@ -206,6 +217,7 @@ def test_settings_are_data(desk, script):
     ("settings", "message"),
     [
         ({"PROJECT": "my-project"}, "still the placeholder my-project"),
+        ({"BUCKET": "gs://my-bucket/azr"}, "still the placeholder gs://my-bucket/azr"),
         ({"ZONE": ""}, "ZONE is missing in tpu_scripts/settings.sh"),
         ({"BUCKET": "my-bucket"}, "must be empty or begin with gs://"),
         ({"RUN_NAME": "a/b"}, "must be a name without /"),

@@ -71,16 +71,23 @@ def test_settings_are_explained_and_the_docs_name_no_others():
     assert {"CONFIG", "RUN_NAME", "MODEL", "CAPACITY", "SYNC_SECONDS", "DELETE_WHEN_DONE"} <= settings_like
 
 
-def slurm_script() -> str:
+def slurm_script(several: bool) -> str:
+    """For several nodes: with what the page says to write instead."""
     page = (ROOT / "docs/gpu.md").read_text()
     found = re.search(r"^```bash\n(#!/bin/bash\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    assert found
-    return found[1]
+    trap = re.search(r"^  ```bash\n  (trap .*)\n  ```$", page, re.MULTILINE)
+    assert found and trap
+    if not several:
+        return found[1]
+    changed = re.sub("^trap .*$", trap[1], found[1], flags=re.MULTILINE).replace("\nazr-jax train", "\nsrun azr-jax train")
+    assert changed.count("srun") == changed.count("scancel") == 1
+    return changed
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("code", "requeued"), [(0, True), (3, False)])
-def test_slurm_script_passes_the_signal_on_and_requeues(tmp_path, code, requeued):
-    """Started as SLURM does, with a trainer that needs a moment to save."""
+def test_slurm_script_passes_the_signal_on_and_requeues(tmp_path, code, requeued, several):
+    """Started as SLURM does, with a trainer that needs a moment to save; srun kills its tasks at a SIGTERM."""
     home = tmp_path / "azr_jax"
     (home / ".venv/bin").mkdir(parents=True)
     (home / ".venv/bin/activate").write_text(f'PATH="{tmp_path}:$PATH"\n')
@@ -88,11 +95,13 @@ def test_slurm_script_passes_the_signal_on_and_requeues(tmp_path, code, requeued
     programs = {
         "azr-jax": f'trap "sleep 0.2; echo saved; exit {code}" TERM\ntouch "{ready}"\nwhile :; do sleep 0.02; done',
         "scontrol": 'echo "scontrol $*"',
+        "srun": f'"$@" & echo $! >"{tmp_path}/task"\ntrap "kill -KILL $!; exit 143" TERM\nwait "$!"',
+        "scancel": f'[[ "$*" == "--signal=TERM 7" ]] && kill -TERM "$(cat "{tmp_path}/task")"',
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "azr.sbatch").write_text(slurm_script())
+    (tmp_path / "azr.sbatch").write_text(slurm_script(several))
     environment = os.environ | {"HOME": str(tmp_path), "SCRATCH": str(tmp_path), "SLURM_JOB_ID": "7"}
     job = subprocess.Popen(["bash", tmp_path / "azr.sbatch"], env=environment, stdout=subprocess.PIPE, text=True)
     while not ready.exists() and job.poll() is None:

@@ -129,16 +129,17 @@ def test_a_run_from_set_up_to_finished(host):
     ]
     unit = (host.fake / "systemd-run").read_text().splitlines()
     assert {"--unit=azr", f"--working-directory={tree}", "--property=KillMode=mixed"} <= set(unit)
+    assert {"--property=LimitMEMLOCK=infinity", "--property=After=network.target network-online.target"} <= set(unit)
     assert unit[-2:] == ["bash", f"{tree}/tpu_scripts/worker/run.sh"]
     run = host.host / "azr_runs/demo"
     assert (host.fake / "trainer").read_text().splitlines() == [
-        "train", "configs/demo.yaml", f"run_dir={run}", "steps=3", "model=a b",
+        "train", "configs/demo.yaml", f"run_dir={run}", "steps=3", "model=a b", "--grace", "20",
     ]  # fmt: skip
-    kept = host.fake / "bucket/my-bucket/azr/demo"
+    kept = host.fake / "bucket/a-bucket/azr/demo"
     assert (kept / "checkpoints/step_000001/state").read_text() == "1\n"
     assert (kept / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert not (kept / ".lock").exists()
-    assert "nothing at gs://my-bucket/azr/demo: a new run" in host.run("logs.sh").stdout
+    assert "nothing at gs://a-bucket/azr/demo: a new run" in host.run("logs.sh").stdout
 
 
 def test_on_several_hosts_the_run_folder_is_the_bucket(host):
@@ -148,7 +149,7 @@ def test_on_several_hosts_the_run_folder_is_the_bucket(host):
     start(host)
     until(lambda: ended(host))
     assert state(host) == "worker 0 run: finished"
-    assert "run_dir=gs://my-bucket/azr/demo" in (host.fake / "trainer").read_text().splitlines()
+    assert "run_dir=gs://a-bucket/azr/demo" in (host.fake / "trainer").read_text().splitlines()
     assert not (host.host / "azr_runs/demo").exists() and not (host.fake / "bucket").exists(), "train uploads by itself"
     host.settings(BUCKET="")
     start(host)
@@ -184,7 +185,7 @@ def test_a_preempted_run_goes_on_from_the_bucket(host):
     run = host.host / "azr_runs/demo"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
     assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000002/state").exists()
+    assert (host.fake / "bucket/a-bucket/azr/demo/checkpoints/step_000002/state").exists()
 
 
 def test_a_slice_that_vanishes_without_notice(host):
@@ -193,10 +194,10 @@ def test_a_slice_that_vanishes_without_notice(host):
     (host.fake / "behaviour").write_text("wait")
     checkpoints = host.host / "azr_runs/demo/checkpoints"
     start(host)
-    until(lambda: (host.fake / "bucket/my-bucket/azr/demo/metrics.jsonl").exists())
+    until(lambda: (host.fake / "bucket/a-bucket/azr/demo/metrics.jsonl").exists())
     (checkpoints / "step_000001").mkdir()
     (checkpoints / "step_000001/state").write_text("1\n")
-    until(lambda: (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000001/state").exists())
+    until(lambda: (host.fake / "bucket/a-bucket/azr/demo/checkpoints/step_000001/state").exists())
     kill(host)
     until(lambda: ended(host))
     shutil.rmtree(host.host)
@@ -207,7 +208,7 @@ def test_a_slice_that_vanishes_without_notice(host):
     until(lambda: ended(host))
     assert state(host) == "worker 0 run: finished"
     assert (host.host / "azr_runs/demo/metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000002/state").exists()
+    assert (host.fake / "bucket/a-bucket/azr/demo/checkpoints/step_000002/state").exists()
 
 
 def test_a_run_that_is_stopped_while_it_starts_is_no_failure(host):
@@ -234,8 +235,8 @@ def test_a_run_that_still_saves_is_a_run(host):
     assert refused.returncode == 1
     assert "a run is live" in refused.stderr
     verbs = [call[3] if call[0] == "compute" else call[-1] for call in host.calls]
-    assert verbs.index("gs://my-bucket/azr/demo/checkpoints/step_000001") < verbs.index("delete")
-    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000001/state").exists()
+    assert verbs.index("gs://a-bucket/azr/demo/checkpoints/step_000001") < verbs.index("delete")
+    assert (host.fake / "bucket/a-bucket/azr/demo/checkpoints/step_000001/state").exists()
 
 
 def test_a_run_that_was_not_told_to_stop_but_did_is_not_finished(host):
@@ -252,12 +253,12 @@ def test_a_run_that_was_not_told_to_stop_but_did_is_not_finished(host):
     last = [verb for verb in host.verbs() if verb in ("ssh start.sh", "delete")]
     assert last == ["ssh start.sh", "ssh start.sh", "delete"]
     assert "run: finished" in done.stderr  # although the log still has the words of the launch before
-    assert (host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000002/state").exists()
+    assert (host.fake / "bucket/a-bucket/azr/demo/checkpoints/step_000002/state").exists()
 
 
 def test_the_words_of_a_stop_are_those_of_the_trainer():
     (words,) = re.findall("grep -q '(.*?)'", (ROOT / "tpu_scripts/worker/run.sh").read_text())
-    for name in ("train", "signals"):
+    for name in ("train", "signals", "dist/watch"):
         ends = [line for line in (ROOT / f"azr_jax/{name}.py").read_text().splitlines() if "resumable:" in line]
         assert ends and all(words in line for line in ends)
 
@@ -269,7 +270,7 @@ def test_a_failing_run_says_so(host):
     until(lambda: ended(host))
     assert state(host) == "worker 0 run: failed (exit code 5)"
     assert "it broke" in host.run("logs.sh").stdout
-    assert (host.fake / "bucket/my-bucket/azr/demo/metrics.jsonl").exists()  # what there is, is kept
+    assert (host.fake / "bucket/a-bucket/azr/demo/metrics.jsonl").exists()  # what there is, is kept
 
 
 def test_a_run_that_lost_another_host_can_be_started_again(host):
@@ -285,14 +286,14 @@ def test_a_bucket_that_cannot_be_read_starts_nothing(host):
     host.replies(queue=[{"out": "ACTIVE\n"}], node=[{"out": "READY\n"}], ls=[refusal])
     start(host)
     until(lambda: ended(host))
-    assert state(host) == "worker 0 run: failed (could not read gs://my-bucket/azr/demo)"
+    assert state(host) == "worker 0 run: failed (could not read gs://a-bucket/azr/demo)"
     assert not (host.fake / "trainer").exists()
     assert not (host.fake / "bucket").exists()
     assert "HTTPError 403" in host.run("logs.sh").stdout
 
 
 def test_the_bucket_keeps_the_checkpoints_that_the_host_keeps(host):
-    kept = host.fake / "bucket/my-bucket/azr/demo/checkpoints"
+    kept = host.fake / "bucket/a-bucket/azr/demo/checkpoints"
     local = host.host / "azr_runs/demo/checkpoints"
     for name in ("step_000010", "step_000020", "step_000030.orbax-checkpoint-tmp"):
         (local / name).mkdir(parents=True)
@@ -332,7 +333,7 @@ prune() { mv "$(named "$1")" old.removed && rm -r old.removed; }
 
 def test_checkpoints_that_are_pruned_while_they_go_up(host):
     """Three are there. While the newest goes up the oldest is pruned, and then the other one between its two files."""
-    kept, local = host.fake / "bucket/my-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
+    kept, local = host.fake / "bucket/a-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
     for number in (1, 2, 3):
         checkpoint(local, number)
     checkpoint(kept, 1)
@@ -349,7 +350,7 @@ def test_checkpoints_that_are_pruned_while_they_go_up(host):
 
 def test_a_newest_checkpoint_that_is_pruned_while_it_goes_up(host):
     """The bucket keeps the whole one that it has until a newer one has arrived; the torn one goes then too."""
-    kept, local = host.fake / "bucket/my-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
+    kept, local = host.fake / "bucket/a-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
     checkpoint(local, 2)
     checkpoint(kept, 1)
     assert host.run("setup.sh").returncode == 0
@@ -367,7 +368,7 @@ def test_a_run_that_prunes_faster_than_it_uploads(host):
     active(host)
     host.settings(SYNC_SECONDS="0.05")
     (host.fake / "behaviour").write_text("wait")
-    kept, local = host.fake / "bucket/my-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
+    kept, local = host.fake / "bucket/a-bucket/azr/demo/checkpoints", host.host / "azr_runs/demo/checkpoints"
     for number in (1, 2):
         checkpoint(local, number)
     script = """
@@ -380,7 +381,7 @@ def test_a_run_that_prunes_faster_than_it_uploads(host):
 
 
 def test_a_failed_upload_removes_nothing(host):
-    kept = host.fake / "bucket/my-bucket/azr/demo/checkpoints/step_000010"
+    kept = host.fake / "bucket/a-bucket/azr/demo/checkpoints/step_000010"
     kept.mkdir(parents=True)
     (host.host / "azr_runs/demo/checkpoints/step_000020").mkdir(parents=True)
     assert host.run("setup.sh").returncode == 0

@@ -22,9 +22,11 @@ if [[ -n $MODEL && $MODEL != "$(cat -- "$LOCAL_MODEL.from" || :)" ]]; then
   end "failed (MODEL is $MODEL, and what setup.sh fetched is not: setup.sh again)"
 fi
 [[ -z $MODEL ]] || OVERRIDES=("model=$LOCAL_MODEL" "${OVERRIDES[@]}")
+grace=300 # for an update, of the unit's 600 s; a spot slice vanishes so soon that what there is should rather go up
+[[ $CAPACITY != spot ]] || grace=20
 stopped=no
 trap 'stopped=yes; kill -TERM $(jobs -p) || :' TERM # the one job is train, if it is there yet
-"$VENV/bin/azr-jax" train "$CONFIG" "run_dir=$place" "${OVERRIDES[@]}" &
+"$VENV/bin/azr-jax" train "$CONFIG" "run_dir=$place" "${OVERRIDES[@]}" --grace "$grace" &
 trainer=$!
 # A second try at once: where the run pruned the newest checkpoint under the first one, there is a fresh one now.
 while sleep "$SYNC_SECONDS"; do upload || upload || echo "upload failed, the next one is in $SYNC_SECONDS s"; done &
