@@ -300,7 +300,7 @@ def _resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[Tra
     if run.evaluation and not run.evaluation.take_baseline(extra["baseline"]):
         log.info("the evaluation was changed: measuring the weights before the first update with the new one")
         run.evaluation.measure(run.evaluator(run.first_weights()))
-    folder.truncate_after(number)
+    folder.begin_after(number)
     chain = oversight.verify(folder.oversight, extra["oversight_head"])
     if run.hosts.leads and not chain.ok:
         log.warning("%s was changed since the checkpoint: line %d %s", folder.oversight, chain.line, chain.problem)
@@ -318,7 +318,7 @@ def _seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[Train
     """From the identity program. Stopped: before the buffers were full and the first weights evaluated."""
     fresh = run.fresh_state()
     run.warm_up(fresh.params)
-    folder.truncate_after(-1)
+    folder.begin_after(-1)
     log.info("seeding the buffers from the identity program")
     if not run.selfplay.seed(fresh.params, run.stopped):
         raise Stopped

@@ -265,7 +265,7 @@ def test_what_is_on_the_bucket_is_what_counts(gcs: FakeGcs, tmp_path: Path, monk
     with RunFolder.open(url, text) as folder:
         assert [row["step"] for row in folder.read_metrics()] == [0]
         assert sorted(path.name for path in folder.rollouts.iterdir()) == ["step_000001.jsonl"]
-        folder.truncate_after(0)
+        folder.begin_after(0)
         folder.push()
     assert gcs.names("bucket/runs/demo/") == ["bucket/runs/demo/config.yaml", "bucket/runs/demo/metrics.jsonl"]
     gcs.objects.clear()

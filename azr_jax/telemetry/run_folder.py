@@ -10,7 +10,7 @@
     outcome.json            a finished run's table before/after on fresh held-out tasks (rows of progress.Comparison)
     report.html             azr_jax.telemetry.report
 
-Each append is one write of whole lines; what fails half-way is cut off again, and `truncate_after` removes what a kill
+Each append is one write of whole lines; what fails half-way is cut off again, and `begin_after` removes what a kill
 left torn or ahead of the checkpoint, so that a resumed run continues the files as if nothing had happened. JSON is pure
 ASCII: model text may hold lone surrogates, which no UTF-8 file can.
 
@@ -69,12 +69,14 @@ class RunFolder:
         self.outcome = path / "outcome.json"
         self._lock: int | None = lock
         self._oversight_head: str | None = None  # hash of the last record, read on first use
+        self._change: tuple[str, dict[str, tuple[Any, Any]]] | None = None  # a configuration to take over, as YAML
 
     @classmethod
     def open(cls, path: str | Path, config_yaml: str, allow_config_change: bool = False) -> RunFolder:
-        """Creates or reopens a run folder, locks it and writes the configuration.
+        """Creates or reopens a run folder and locks it.
 
-        config_yaml: the resolved configuration as YAML text.
+        config_yaml: the resolved configuration as YAML text. A new run's is written at once. One that changes a run
+        waits for `begin_after`: it may be one that the checkpoint does not go with, and must not be the run's then.
         Raises: UserError if the folder cannot be written or another live process has it; ConfigError if it holds a run
         of another configuration (apart from FREE_KEYS) that got as far as its first row or checkpoint, and
         `allow_config_change` is false.
@@ -87,7 +89,7 @@ class RunFolder:
         try:
             if mirror:
                 mirror.fetch()
-            folder._write_config(config_yaml, allow_config_change)
+            folder._check_config(config_yaml, allow_config_change)
             if mirror:
                 mirror.push()
                 mirror.check()
@@ -155,13 +157,14 @@ class RunFolder:
         _replace(self.rollouts / f"step_{step:06d}.jsonl", text.encode("ascii"))
 
     def write_outcome(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes outcome.json, whole or not at all. It goes again when the run goes on (`truncate_after`)."""
+        """Writes outcome.json, whole or not at all. It goes again when the run goes on (`begin_after`)."""
         _replace(self.outcome, (json.dumps(rows, indent=1) + "\n").encode("ascii"))
 
-    def truncate_after(self, step: int) -> None:
+    def begin_after(self, step: int) -> None:
         """Drops every row and rollout file of a later step, torn lines, and the outcome, which is no longer the last.
 
-        To be called before the first step of every start, with the step of the restored checkpoint, or -1 if none.
+        A changed configuration becomes that of the run, and is noted with the step. To be called before the first step
+        of every start, with the step of the restored checkpoint, or -1 if none.
         """
         for path in (self.metrics, self.tasks, self.oversight):
             _keep_rows(path, step)
@@ -172,12 +175,22 @@ class RunFolder:
                 match = ROLLOUT_NAME.fullmatch(entry.name)
                 if (match and int(match.group(1)) > step) or entry.name.endswith(".tmp"):
                     entry.unlink()
+        if self._change is not None:
+            text, changes = self._change
+            record = {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "step": max(step, 0),
+                "changes": {key: {"old": old, "new": new} for key, (old, new) in changes.items()},
+            }
+            self._append(self.path / "config_changes.jsonl", [record])
+            _replace(self.path / "config.yaml", text.encode("utf-8"))
+            self._change = None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl in order, without torn lines; [] if there are none."""
         return list(read_rows(self.metrics))
 
-    def _write_config(self, config_yaml: str, allow_config_change: bool) -> None:
+    def _check_config(self, config_yaml: str, allow_config_change: bool) -> None:
         path = self.path / "config.yaml"
         if path.exists():
             with _writing(path):
@@ -198,12 +211,8 @@ class RunFolder:
                     "--allow-config-change to go on with the new values (it is noted in config_changes.jsonl)."
                 )
             if started and changes:
-                record = {
-                    "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "step": max((row["step"] for row in self.read_metrics()), default=0),
-                    "changes": {key: {"old": old, "new": new} for key, (old, new) in changes.items()},
-                }
-                self._append(self.path / "config_changes.jsonl", [record])
+                self._change = config_yaml, changes
+                return
         _replace(path, config_yaml.encode("utf-8"))
 
     def _append(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -246,7 +255,7 @@ class Onlooker(RunFolder):
     def write_outcome(self, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
 
-    def truncate_after(self, step: int) -> None:
+    def begin_after(self, step: int) -> None:
         pass
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -95,3 +97,16 @@ def test_an_error_of_this_host_is_told_to_those_alive(ends: list) -> None:
         over.set()
         other.join()
     assert json.loads(store.values[ROOM + "end"]) == [0, "a bug", 1] and not ends
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (0, "azr-jax: host 1 has stopped: it was told to stop; resumable: run the same command again\n"),
+        (GONE, "azr-jax: error: host 1 has stopped: it was told to stop\n"),
+    ],
+)
+def test_a_stop_is_no_error_and_can_be_resumed(code: int, line: str) -> None:
+    program = f"from azr_jax.dist.watch import leave; leave('host 1 has stopped: it was told to stop', {code})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, line)

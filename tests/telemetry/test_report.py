@@ -107,7 +107,7 @@ def test_the_outcome_of_a_finished_run_is_the_headline(tmp_path):
     folder.write_outcome([asdict(line) for line in lines])
     text = check(write_report(tmp_path)).text
     assert "31.1 \u2192 44.4 %" in text and "Fresh held-out tasks" in text and "+11.0 to +15.6" in text
-    folder.truncate_after(2)
+    folder.begin_after(2)
     assert not folder.outcome.exists(), "the run goes on"
     folder.outcome.write_text("[{]")
     assert "30.0 \u2192 40.0 %" in check(write_report(tmp_path)).text

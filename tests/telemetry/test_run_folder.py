@@ -61,7 +61,7 @@ def test_truncation_leaves_what_an_uninterrupted_run_would_hold(tmp_path):
             file.write(b'{"step": 4, "torn')
     (path / "rollouts/step_000004.jsonl.tmp").write_text("{")
     with RunFolder.open(path, CONFIG) as folder:
-        folder.truncate_after(2)
+        folder.begin_after(2)
         fill(folder, range(3, 5))
     assert contents(path) == contents(tmp_path / "whole")
     assert verify(path / "oversight.jsonl").ok
@@ -70,7 +70,7 @@ def test_truncation_leaves_what_an_uninterrupted_run_would_hold(tmp_path):
 def test_truncation_before_any_checkpoint_empties_the_run(tmp_path):
     with RunFolder.open(tmp_path, CONFIG) as folder:
         fill(folder, range(0, 3))
-        folder.truncate_after(-1)
+        folder.begin_after(-1)
         assert folder.read_metrics() == []
         assert not list(folder.rollouts.iterdir())
         fill(folder, range(0, 1))
@@ -83,7 +83,7 @@ def test_a_torn_line_that_is_whole_json_is_torn_nevertheless(tmp_path):
         with folder.metrics.open("ab") as file:
             file.write(b'{"step": 1}')  # no newline: the write was cut
         assert len(folder.read_metrics()) == 1
-        folder.truncate_after(1)
+        folder.begin_after(1)
         assert folder.metrics.read_bytes().endswith(b"}\n") and len(folder.read_metrics()) == 1
 
 
@@ -114,12 +114,17 @@ def test_a_start_that_came_to_nothing_binds_no_configuration(tmp_path):
 def test_allowed_change_is_noted_and_more_steps_need_no_leave(tmp_path):
     with RunFolder.open(tmp_path, CONFIG) as folder:
         fill(folder, range(1, 3))
-    RunFolder.open(tmp_path, CONFIG.replace("steps: 4", "steps: 9").replace("run_dir: x", "run_dir: y")).close()
-    RunFolder.open(tmp_path, CONFIG.replace("0.001", "0.002"), allow_config_change=True).close()
-    RunFolder.open(tmp_path, CONFIG.replace("0.001", "0.002") + "checkpoint: {keep: 1}\n").close()
+    faster = CONFIG.replace("0.001", "0.002")
+    for step, text, allowed in (
+        (2, CONFIG.replace("steps: 4", "steps: 9").replace("run_dir: x", "run_dir: y"), False),
+        (1, faster, True),
+        (1, faster + "checkpoint: {keep: 1}\n", False),
+    ):
+        with RunFolder.open(tmp_path, text, allowed) as folder:
+            folder.begin_after(step)
     notes = list(read_rows(tmp_path / "config_changes.jsonl"))
     assert notes[0]["changes"]["steps"] == {"old": 4, "new": 9}
-    assert notes[1]["changes"]["learn.lr"] == {"old": 0.001, "new": 0.002} and notes[1]["step"] == 2
+    assert notes[1]["changes"]["learn.lr"] == {"old": 0.001, "new": 0.002} and notes[1]["step"] == 1
     assert notes[2]["changes"] == {"checkpoint.keep": {"old": None, "new": 1}}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learn"]["lr"] == 0.002
 
@@ -215,6 +220,15 @@ def test_the_chain_goes_on_over_a_restart(tmp_path):
     with RunFolder.open(tmp_path, CONFIG) as folder:
         folder.append_oversight([{"step": 2}])
         assert verify(folder.oversight, folder.oversight_head).records == 3
+
+
+def test_a_change_that_came_to_nothing_is_no_change(tmp_path):
+    """Of the model, say: no checkpoint goes with it, and the start ends there."""
+    with RunFolder.open(tmp_path, CONFIG + "model: /a\n") as folder:
+        fill(folder, range(1, 3))
+    RunFolder.open(tmp_path, CONFIG + "model: /b\n", allow_config_change=True).close()
+    RunFolder.open(tmp_path, CONFIG + "model: /a\n").close()
+    assert not (tmp_path / "config_changes.jsonl").exists()
 
 
 def test_more_steps_need_consent_where_the_learning_rate_decays_over_them(tmp_path):
