@@ -221,7 +221,7 @@ def train(
             run.mesh.size,
             folder.path,
         )
-        beginning = _resume_or_seed(run, checkpoints, folder)
+        beginning = _resume_or_seed(run, checkpoints, folder, wandb)
         if beginning is None:
             # Warnings, since hosts but the first show no less; tpu_scripts/worker/run.sh looks for these lines.
             log.warning("stopped before the first step: nothing is lost; resumable: run the same command again")
@@ -275,16 +275,18 @@ def train(
     return stop.exit_code
 
 
-def _resume_or_seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int] | None:
+def _resume_or_seed(
+    run: Run, checkpoints: Checkpointer, folder: RunFolder, wandb: WandbSink
+) -> tuple[TrainState, int] | None:
     """The state and step to go on from: the newest checkpoint, or seeded buffers at step 0; None if stopped before."""
     try:
         resumes = run.hosts.agree("resuming", run.hosts.leads and bool(checkpoints.steps()))
-        return _resume(run, checkpoints, folder) if resumes else _seed(run, checkpoints, folder)
+        return (_resume if resumes else _seed)(run, checkpoints, folder, wandb)
     except Stopped:
         return None
 
 
-def _resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int]:
+def _resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, wandb: WandbSink) -> tuple[TrainState, int]:
     """From the newest checkpoint that can be read. Stopped: before an evaluation that has to come first."""
     fresh = run.fresh_state()
     run.warm_up(fresh.params)
@@ -311,10 +313,11 @@ def _resume(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[Tra
     if lacks and run.hosts.agree("the evaluation", run.hosts.leads and not any(row["step"] == number for row in rows)):
         metrics = extra["unfinished"] | (_timed_evaluation(run, state, number) if run.evaluation else {})
         folder.append_metrics(number, metrics)
+        wandb.log(number, metrics)
     return state, number
 
 
-def _seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[TrainState, int]:
+def _seed(run: Run, checkpoints: Checkpointer, folder: RunFolder, wandb: WandbSink) -> tuple[TrainState, int]:
     """From the identity program. Stopped: before the buffers were full and the first weights evaluated."""
     fresh = run.fresh_state()
     run.warm_up(fresh.params)
@@ -328,6 +331,7 @@ def _seed(run: Run, checkpoints: Checkpointer, folder: RunFolder) -> tuple[Train
         metrics |= _timed_evaluation(run, fresh, 0)
     folder.append_tasks(0, [task.to_json() for kind in KINDS for task in run.selfplay.buffers.tasks(kind)])
     folder.append_metrics(0, metrics)
+    wandb.log(0, metrics)
     _save(checkpoints, 0, fresh, run, folder)
     return fresh, 0
 

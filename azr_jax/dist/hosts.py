@@ -41,12 +41,15 @@ PATIENCE_SECONDS = 300.0  # between two warnings that a host is being waited for
 
 
 def facts(config: Config) -> dict[str, str]:
-    """What must be the same on all hosts, or they would compute different things: versions, devices, configuration."""
+    """What must be the same on all hosts, or they would compute different things: versions, devices, configuration.
+
+    Not the path of the model: its files are compared instead.
+    """
     found = {"azr_jax": __version__, "jax": jax.__version__, "numpy": np.__version__}
     found |= {"Python": platform.python_version(), "devices": str(jax.local_device_count())}
     for name, value in asdict(config).items():
         keys = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-        found |= {key: repr(part) for key, part in keys.items() if key != "executor.workers"}
+        found |= {key: repr(part) for key, part in keys.items() if key not in ("executor.workers", "model")}
     return found
 
 

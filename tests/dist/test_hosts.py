@@ -235,7 +235,7 @@ def test_what_the_environment_says(
 
 def test_facts_name_what_differs_and_leave_the_machine_out() -> None:
     same = facts(Config())
-    assert facts(Config(executor=ExecutorConfig(workers=7))) == same
+    assert facts(Config(executor=ExecutorConfig(workers=7), model="/of/this/host")) == same
     other = facts(Config(learn=LearnConfig(lr=1e-3)))
     assert {name for name in same if same[name] != other[name]} == {"learn.lr"}
     assert {"azr_jax", "jax", "numpy", "Python"} <= same.keys()
