@@ -219,7 +219,8 @@ def render(record: dict[str, Any]) -> str:
         f"expected: {expected['decode_tokens_per_second']:,.0f} tokens/s decoded, "
         f"{expected['update_tokens_per_second']:,.0f} tokens/s in the update; a step {expected['step_seconds']:,.0f} s "
         f"(prefill {expected['prefill_seconds']:,.0f}, decode {expected['decode_seconds']:,.0f}, "
-        f"update {expected['update_seconds']:,.0f})",
+        f"update {expected['update_seconds']:,.0f}); a response of the greatest length alone "
+        f"{expected['longest_response_seconds']:,.0f} s",
         "assuming: " + ", ".join(f"{key} {value:g}" for key, value in expected["assumptions"].items()),
         "",
     ]
@@ -248,7 +249,7 @@ def _traffic(record: dict[str, Any]) -> list[str]:
         if not each["compiled"]:
             continue
         if each["collectives"] is None:
-            lines.append(f"collectives of {name}: this version of JAX cannot print the program that libtpu compiled")
+            lines.append(f"collectives of {name}: not known, as it did not compile")
         else:
             parts = [f"{kind} {size / 1e6:,.1f} MB" for kind, size in each["collectives"].items()]
             lines.append(f"collectives of {name}, to a chip, {unit}: {', '.join(parts) or 'none'}")

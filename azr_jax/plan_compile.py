@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ CACHE_VARIABLE = "AZR_JAX_CACHE_DIR"
 BEAT = 30.0  # seconds between two signs of life
 PACKAGE = Path(__file__).parent
 #: Parts whose code decides what is compiled.
-SOURCES = ("dist", "learn", "models", "rollout", "plan_compile.py", "plan_collectives.py")
+SOURCES = ("dist/mesh.py", "learn", "models", "rollout", "plan_compile.py", "plan_collectives.py")
 #: What a compiler says of a program that it finds too large: "that 20.5G are needed" of "15.75G".
 TOO_LARGE = re.compile(r"(?:total memory required[^(]*\(|[Uu]sed )([\d.]+)([KMGT])")
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -90,7 +90,7 @@ def _compile(setup: Setup, program: str) -> dict[str, Any]:
     start = time.monotonic()
     with _alive(f"compiling {program} for {setup.target.name}"):
         try:
-            done = lower(setup, program).compile()
+            done, text = compile_to_text(lower(setup, program))
         except jax.errors.JaxRuntimeError as error:
             too_large = TOO_LARGE.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
             if too_large is None:
@@ -100,13 +100,24 @@ def _compile(setup: Setup, program: str) -> dict[str, Any]:
             return found | {"collectives": None, "compile_seconds": time.monotonic() - start}
     memory = done.memory_analysis()
     parts = {f"{part}_bytes": int(getattr(memory, f"{part}_size_in_bytes")) for part in _PARTS}
+    return parts | {"collectives": collectives(text), "compile_seconds": round(time.monotonic() - start, 1)}
+
+
+def compile_to_text(lowered: Any) -> tuple[Any, str]:
+    """A compiled program, and its optimized HLO as the compiler itself writes it down.
+
+    `as_text` is jaxlib's, which cannot read all instructions of a newer libtpu. JAX's cache of compiled programs is
+    left out: one that comes from there is not written down, and one for a TPU that is not here cannot be loaded.
+    """
+    caching = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
-        with _silence():
-            text = done.as_text()
-        crossing = collectives(text)
-    except jax.errors.JaxRuntimeError:  # a libtpu newer than jaxlib writes instructions that jaxlib cannot print
-        crossing = None
-    return parts | {"collectives": crossing, "compile_seconds": round(time.monotonic() - start, 1)}
+        with tempfile.TemporaryDirectory() as folder:
+            done = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            written = Path(folder).glob("*after_optimizations.txt")
+            return done, max(written, key=lambda path: path.stat().st_size).read_text()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", caching)
 
 
 _PARTS = ("argument", "temp", "output", "alias")
@@ -159,20 +170,6 @@ def _devices(setup: Setup, topology: str) -> Any:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # of a machine without a TPU: libtpu complains at length
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # where there is neither
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """XLA writes a page to stderr about an error that is raised as well."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 @contextmanager

@@ -212,7 +212,7 @@ class Setup:
 
     @property
     def active(self) -> float:
-        """Sequences decoding at once on a host: the slots, or as many as the cache has room for."""
+        """Sequences decoding at once on a host, if there are so many: the slots, or what the cache has room for."""
         return min(float(self.slots), self.kv_tokens / (self.mean_prompt + self.mean_response))
 
     @property
@@ -228,22 +228,18 @@ class Setup:
         the optimizer's state twice; activations that stay on the chip are not counted.
         """
         model, rollout = self.model, self.config.rollout
-        products = flops_a_token(model) / 3  # forward
+        products, scores = self._flops
         head = 2.0 * model.vocab_size * model.hidden_size
-        scores = 4.0 * model.num_heads * model.head_dim * model.num_layers
         tensor = self.host_mesh.shape["tensor"]
-        kv = self._page_bytes / self.layout.page
         if program == "prefill":
             each = sizing.prompt_buckets(rollout)[-1]
             padded = self.prefill_rows // self.shards * each
             whole = (model.num_layers - 1) / model.num_layers  # of the last layer only keys and values are wanted
             flops = padded * (products - head + scores * each / 2) * whole
-            return flops / tensor, self.copy + padded * kv
+            return flops / tensor, self.copy + padded * self._kv_bytes
         if program == "decode":
-            rows = self.active / self.shards
-            seen = self.mean_prompt + self.mean_response / 2
-            flops = rows * (products + scores * seen) / tensor
-            return rollout.block * flops, rollout.block * (self.copy + rows * seen * kv)
+            flops, traffic = self._token_work(self.active)
+            return rollout.block * flops, rollout.block * traffic
         passes = 4 if self.config.learn.remat == "block" else 3
         tokens = self.update_tokens / (1 - PADDING)
         mean = self.mean_prompt + self.mean_response
@@ -253,37 +249,67 @@ class Setup:
         traffic = micro * (passes * gathered + 2 * self.weights) + 2 * (self.weights + self.moments)
         return flops, traffic
 
+    @property
+    def _flops(self) -> tuple[float, float]:
+        """Of a token forward: of products with weights, and of attention for each key that it sees."""
+        model = self.model
+        return flops_a_token(model) / 3, 4.0 * model.num_heads * model.head_dim * model.num_layers
+
+    @property
+    def _kv_bytes(self) -> float:
+        """Bytes a chip of one token's keys and values."""
+        return self._page_bytes / self.layout.page
+
+    def _token_work(self, sequences: float) -> tuple[float, float]:
+        """(flops, bytes) on a chip of one token for each of so many sequences of a host."""
+        products, scores = self._flops
+        rows, seen = sequences / self.shards, self.mean_prompt + self.mean_response / 2
+        flops = rows * (products + scores * seen) / self.host_mesh.shape["tensor"]
+        return flops, self.copy + rows * seen * self._kv_bytes
+
     def roofline(self, program: str) -> float:
         """Least seconds of a program: its flops or its bytes at the chip's peak rates, whichever takes longer."""
-        flops, traffic = self.work_of(program)
+        return self._least_seconds(*self.work_of(program))
+
+    def _least_seconds(self, flops: float, traffic: float) -> float:
         return max(flops / self.target.chip.flops, traffic / self.target.chip.bandwidth)
 
+    def _token_seconds(self, sequences: float) -> float:
+        """Expected between two tokens of a sequence, where so many decode at once on a host."""
+        return self._least_seconds(*self._token_work(sequences)) / REACHED
+
     def expected(self) -> dict[str, Any]:
-        """Tokens a second and seconds of a step, with what was assumed."""
-        tasks, target = self.config.tasks, self.target
-        kinds = len(KINDS) * tasks.batch
-        prompts = 2 * kinds + VALID_SHARE * kinds  # the samples of a task share its prompt
-        responses = 2 * kinds + VALID_SHARE * kinds * tasks.samples
-        block = self.roofline("decode") / REACHED
-        rate = self.active * self.config.rollout.block / block * target.hosts
-        bucket = self.prefill_rows * sizing.prompt_buckets(self.config.rollout)[-1]
-        prefill = prompts * self.mean_prompt / bucket * self.roofline("prefill") / REACHED / target.hosts
-        decode = responses * self.mean_response / rate
+        """Tokens a second and seconds of a step, with what was assumed.
+
+        Decoding waits twice, for proposals and then for solutions, of which a host has a share that may leave slots
+        empty. No step is shorter than its longest response takes alone.
+        """
+        tasks, rollout, hosts = self.config.tasks, self.config.rollout, self.target.hosts
+        proposals = len(KINDS) * tasks.batch
+        prompts = 2 * proposals + VALID_SHARE * proposals  # the samples of a task share its prompt
+        solutions = proposals + VALID_SHARE * proposals * tasks.samples
+        at_once = [min(self.active, share / hosts) for share in (proposals, solutions)]
+        bucket = self.prefill_rows * sizing.prompt_buckets(rollout)[-1]
+        prefill = prompts * self.mean_prompt / bucket * self.roofline("prefill") / REACHED / hosts
+        turns = [share / hosts / live for share, live in zip((proposals, solutions), at_once)]  # 1 or more
+        decode = self.mean_response * sum(n * self._token_seconds(live) for n, live in zip(turns, at_once))
         update = self.roofline("update") / REACHED
         return {
-            "decode_tokens_per_second": rate,
+            "decode_tokens_per_second": (proposals + solutions) * self.mean_response / decode,
             "update_tokens_per_second": self.update_tokens / update,
             "prefill_seconds": prefill,
             "decode_seconds": decode,
             "update_seconds": update,
             "step_seconds": prefill + decode + update,
+            "longest_response_seconds": rollout.max_response * self._token_seconds(1),
             "assumptions": {
                 "mean_prompt_tokens": self.mean_prompt,
                 "mean_response_tokens": self.mean_response,
                 "valid_share_of_proposals": VALID_SHARE,
                 "padding_share_of_rows": PADDING,
                 "share_of_roofline_reached": REACHED,
-                "sequences_decoding_on_a_host": self.active,
+                "proposals_at_once_on_a_host": at_once[0],
+                "solutions_at_once_on_a_host": at_once[1],
             },
         }
 

@@ -69,7 +69,7 @@ def test_a_config_compiles_for_its_slice(name):
         else:
             assert found["argument_bytes"] == pytest.approx(expected.argument, rel=0.05)
         assert found["alias_bytes"] == pytest.approx(expected.alias, rel=0.05)  # the cache is written in place
-        assert found["collectives"] is None or (setup.host_mesh.shape["tensor"] > 1) == bool(found["collectives"])
+        assert (setup.host_mesh.shape["tensor"] > 1) == bool(found["collectives"])
     for twin in twins()[name]:  # whose programs are the same, so that a plan finds them compiled
         keys = [plan_compile._key(small(each, 1), program) for program in PROGRAMS for each in (name, twin)]
         assert len(set(keys)) == len(PROGRAMS)
@@ -79,14 +79,10 @@ def test_a_config_compiles_for_its_slice(name):
 def test_an_update_compiles_for_its_slice(name):
     setup = small(name, LAYERS, tokens=64)
     with jax.default_prng_impl("rbg"):  # Threefry would be a third of the work, for the rounding of moments
-        done = plan_compile.lower(setup, "update").compile()
+        done, text = plan_compile.compile_to_text(plan_compile.lower(setup, "update"))
     memory, expected = done.memory_analysis(), setup.bytes_of("update")
     assert memory.argument_size_in_bytes == pytest.approx(expected.argument, rel=0.05)
     assert memory.alias_size_in_bytes == pytest.approx(expected.alias, rel=0.05)  # the state is given up
-    try:
-        text = done.as_text()
-    except jax.errors.JaxRuntimeError:  # a libtpu newer than jaxlib writes instructions that jaxlib cannot print
-        return
     gathers = re.findall(r" = (.*?) all-gather(?:-start)?\(", text)
     sizes = [int(first) for types in gathers for first in re.findall(r"(?:bf16|f32)\[(\d+),", types)]
     assert 1 in sizes and LAYERS not in sizes  # weights are gathered, and never those of all layers at once

@@ -79,7 +79,8 @@ def slurm_script(several: bool) -> str:
     assert found and trap
     if not several:
         return found[1]
-    changed = re.sub("^trap .*$", trap[1], found[1], flags=re.MULTILINE).replace("\nazr-jax train", "\nsrun azr-jax train")
+    changed = re.sub("^trap .*$", trap[1], found[1], flags=re.MULTILINE)
+    changed = changed.replace("\nazr-jax train", "\nsrun azr-jax train")
     assert changed.count("srun") == changed.count("scancel") == 1
     return changed
 
