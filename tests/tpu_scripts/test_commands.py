@@ -220,6 +220,7 @@ def test_settings_are_data(desk, script):
         ({"BUCKET": "gs://my-bucket/azr"}, "still the placeholder gs://my-bucket/azr"),
         ({"ZONE": ""}, "ZONE is missing in tpu_scripts/settings.sh"),
         ({"BUCKET": "my-bucket"}, "must be empty or begin with gs://"),
+        ({"BUCKET": "", "DELETE_WHEN_DONE": "yes"}, "would delete the run as well"),
         ({"RUN_NAME": "a/b"}, "must be a name without /"),
         ({"CAPACITY": "free"}, "must be spot, on-demand or reserved"),
     ],
