@@ -50,7 +50,7 @@ class GracefulStop:
         """grace: seconds from SIGTERM to the end of a process that is not `busy`."""
         self.busy: Callable[[], bool] = lambda: False
         self.farewell: Callable[[int], None] = lambda code: None
-        self._grace = grace
+        self.grace = grace
         self._signal: signal.Signals | None = None
         self._told = False  # the user, that a signal came
         self._previous: dict[signal.Signals, Any] = {}
@@ -123,10 +123,10 @@ class GracefulStop:
             else:
                 return
             self._signal = self._signal or signal.SIGTERM
-            deadline = time.monotonic() + self._grace
+            deadline = time.monotonic() + self.grace
             while time.monotonic() < deadline:
                 if self.busy():
-                    deadline = max(deadline, time.monotonic() + self._grace / 2)  # time to leave in order afterwards
+                    deadline = max(deadline, time.monotonic() + self.grace / 2)  # time to leave in order afterwards
                 if select.select([signals], [], [], 0.1)[0] and not signals.read(1):
                     return  # the block was left in time
         self._say("what is under way takes too long and is given up; resumable: run the same command again")

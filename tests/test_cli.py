@@ -17,6 +17,7 @@ from azr_jax.cli import build_parser, main
 from azr_jax.config import Config, ExecutorConfig
 from azr_jax.config_doc import config_keys_doc
 from azr_jax.errors import ConfigError, UserError
+from azr_jax.signals import GRACE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -102,6 +103,7 @@ def test_version_and_module_entry():
         ["train"],
         ["train", "a.yaml", "--allow-config"],
         ["train", "a.yaml", "--hosts", "0"],
+        ["train", "a.yaml", "--grace", "soon"],
         ["report", "a", "b"],
         ["sample", "--kind", "production"],
         ["sample", "--temperature", "-1"],
@@ -135,7 +137,9 @@ def test_train_gets_the_config(train, config_file):
     (config, path, stop), options = train.calls[0]
     assert (config.steps, config.seed, config.learn.lr) == (3, 4, 1e-5)
     assert path == config_file and not stop.requested
-    assert options["hosts"].count == 1 and not options["allow_config_change"]
+    assert options["hosts"].count == 1 and not options["allow_config_change"] and stop.grace == GRACE_SECONDS
+    assert main(["train", config_file, "--grace", "480"]) == 0
+    assert train.calls[1][0][2].grace == 480
 
 
 @pytest.mark.parametrize("flag_at", [0, 1, 2, 3])
