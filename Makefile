@@ -15,7 +15,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make model  rebuild the embedded model from nothing (CPU, up to 90 minutes)"
-	@echo "make plan-all  compile every config for its slice, write docs/hardware.md (an hour; can be stopped and continued)"
+	@echo "make plan-all  compile every config for its slice, write docs/hardware.md (20 to 60 minutes; can be stopped and continued)"
 	@echo "make clean  remove $(VENV) and caches; runs/ stays"
 
 demo: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """Plans every config for the hardware in its name, at full depth, and writes the tables of docs/hardware.md.
 
     pip install -e ".[tpu]"
-    python benchmarks/plan_all.py             # about an hour on two cores; what is done is kept
+    python benchmarks/plan_all.py             # 20 to 60 minutes on two cores; what is done is kept
     python benchmarks/plan_all.py --only v5e  # configs whose name contains this
     python benchmarks/plan_all.py --tables    # only write the tables again, with expected times by today's arithmetic
 

@@ -3,7 +3,7 @@
 What is cut, so that all of them take two minutes: depth (two layers for a prefill, which leaves most of the last one
 out, one for decoding, three for an update, which loops over them), hidden and feed-forward width, vocabulary; prompts,
 responses and rows to a few hundred tokens; an update takes random bits from the chip, not from Threefry. Whole ones
-take most of an hour: `make plan-all`.
+take up to an hour: `make plan-all`.
 """
 
 from __future__ import annotations
