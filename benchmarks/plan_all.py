@@ -116,14 +116,15 @@ def plans_table(plans: dict[str, Any]) -> str:
     """One line a config."""
     lines = [
         "| config | chips | prefill | decode | update | of | KV tokens a host | a step, s | longest, s | verdict "
-        "| bytes are |",
+        "| bytes by |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, target in planned_configs():
         plan = plans.get(name) or make_plan(load_config(CONFIGS / f"{name}.yaml"), target, compiling=False)
         peaks = " | ".join(f"{plan[program]['peak_bytes'] / GIB:.1f}" for program in PROGRAMS)
         verdict = "fits" if plan["fits"] else "does not fit"
-        origin = "the compiler's" if plan["update"]["compiled"] else "from shapes" if name in plans else PENDING
+        compiler = f"libtpu {plan['versions']['libtpu']}" if plan["update"]["compiled"] else ""
+        origin = compiler or ("from shapes" if name in plans else PENDING)
         lines.append(
             f"| `{name}` | {plan['chips']} | {peaks} | {plan['usable_bytes_per_chip'] / GIB:.1f} | "
             f"{plan['kv_tokens_per_host']:,} | {plan['expected']['step_seconds']:.0f} | "
