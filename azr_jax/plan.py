@@ -107,11 +107,11 @@ def make_plan(config: Config, target: Target, layers: int | None = None, compili
 def _compare_compilers() -> None:
     """Warns of a libtpu that is not the one which JAX asks for: another one places other bytes."""
     with contextlib.suppress(metadata.PackageNotFoundError):
-        asked = [need for need in metadata.requires("jax") or [] if need.startswith("libtpu==")]
-        wanted = asked[0].partition(";")[0].removeprefix("libtpu==").strip().removesuffix(".*") if asked else ""
         found = metadata.version("libtpu")
-        if not f"{found}.".startswith(f"{wanted}."):
-            log.warning("libtpu is %s, but this JAX goes with %s: a slice may need other bytes", found, wanted)
+        for need in metadata.requires("jax") or []:
+            wanted = need.partition(";")[0].strip().removesuffix(".*")
+            if wanted.startswith("libtpu==") and not f"libtpu=={found}.".startswith(f"{wanted}."):
+                log.warning("libtpu is %s, but this JAX goes with %s: a slice may need other bytes", found, wanted[8:])
 
 
 def _program(setup: Setup, name: str, compiling: bool) -> dict[str, Any]:

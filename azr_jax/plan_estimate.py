@@ -288,11 +288,13 @@ class Setup:
         proposals = len(KINDS) * tasks.batch
         prompts = 2 * proposals + VALID_SHARE * proposals  # the samples of a task share its prompt
         solutions = proposals + VALID_SHARE * proposals * tasks.samples
-        at_once = [min(self.active, share / hosts) for share in (proposals, solutions)]
+        shares = (proposals / hosts, solutions / hosts)
+        at_once = [min(self.active, share) for share in shares]
         bucket = self.prefill_rows * sizing.prompt_buckets(rollout)[-1]
         prefill = prompts * self.mean_prompt / bucket * self.roofline("prefill") / REACHED / hosts
-        turns = [share / hosts / live for share, live in zip((proposals, solutions), at_once)]  # 1 or more
-        decode = self.mean_response * sum(n * self._token_seconds(live) for n, live in zip(turns, at_once))
+        decode = self.mean_response * sum(
+            share / live * self._token_seconds(live) for share, live in zip(shares, at_once)
+        )
         update = self.roofline("update") / REACHED
         return {
             "decode_tokens_per_second": (proposals + solutions) * self.mean_response / decode,

@@ -411,3 +411,7 @@ def test_another_compiler_than_jax_asks_for_is_named(monkeypatch, caplog, found,
     monkeypatch.setattr(plan_module.metadata, "version", lambda name: found)
     plan_module._compare_compilers()
     assert (f"libtpu is {found}, but this JAX goes with 0.0.42" in caplog.text) == warned
+    caplog.clear()
+    monkeypatch.setattr(plan_module.metadata, "requires", lambda name: ["numpy", 'libtpu>=0.0.42; extra == "tpu"'])
+    plan_module._compare_compilers()
+    assert not caplog.text  # it asks for no one of them
