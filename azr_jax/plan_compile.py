@@ -49,7 +49,7 @@ CACHE_VARIABLE = "AZR_JAX_CACHE_DIR"
 BEAT = 30.0  # seconds between two signs of life
 PACKAGE = Path(__file__).parent
 #: Parts whose code decides what is compiled.
-SOURCES = ("dist/mesh.py", "learn", "models", "rollout", "plan_compile.py", "plan_collectives.py")
+SOURCES = ("dist/mesh.py", "dist/sequence.py", "learn", "models", "rollout", "plan_compile.py", "plan_collectives.py")
 #: What a compiler says of a program that it finds too large: "that 20.5G are needed" of "15.75G".
 TOO_LARGE = re.compile(r"(?:total memory required[^(]*\(|[Uu]sed )([\d.]+)([KMGT])")
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}

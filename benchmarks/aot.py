@@ -30,7 +30,6 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several of these may
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from result import about, write
@@ -38,6 +37,7 @@ from result import about, write
 from azr_jax.chips import CHIPS
 from azr_jax.config import Config, LearnConfig, MeshConfig
 from azr_jax.dist.mesh import make_mesh, row_sharding
+from azr_jax.dist.sequence import token_layout
 from azr_jax.learn.logprobs import next_token_logprobs
 from azr_jax.learn.packing import pack
 from azr_jax.learn.state import init_state, param_shardings, state_shardings
@@ -76,10 +76,8 @@ def lower_forward(model: ModelConfig, mesh: Mesh, how: Attend) -> Any:
 
     @jax.jit
     def score(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple:
-        def constrain(x: jax.Array) -> jax.Array:
-            return lax.with_sharding_constraint(x, row_sharding(mesh))
-
-        hidden = forward(params, model, tokens, positions, segments, constrain=constrain, attend=how)
+        layout = token_layout(mesh, ROW_TOKENS)
+        hidden = forward(params, model, tokens, positions, segments, layout=layout, attend=how)
         return next_token_logprobs(params, model, hidden, jnp.roll(tokens, -1, axis=1), 1.0)
 
     return score.lower(params, rows, rows, rows)

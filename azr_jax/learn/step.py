@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from azr_jax.config import Config
 from azr_jax.dist.mesh import replicated, row_sharding, row_shards
+from azr_jax.dist.sequence import token_layout
 from azr_jax.learn.logprobs import chunk_tokens, next_token_logprobs
 from azr_jax.learn.loss import Totals, gap_quantile, policy_loss
 from azr_jax.learn.optimizer import learning_rate, make_optimizer
@@ -67,7 +68,7 @@ def row_logprobs(
         rows["positions"],
         rows["segments"],
         remat=remat,
-        constrain=lambda x: lax.with_sharding_constraint(x, row_sharding(mesh)),
+        layout=token_layout(mesh, rows["tokens"].shape[1]),
         attend=attend,
     )
     targets = jnp.roll(rows["tokens"], -1, axis=1)

@@ -127,11 +127,28 @@ def rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
 
 Angles = tuple[Array, Array]
 Attention = Callable[[Array, Array, Array], tuple[Array, Any]]
-Constraint = Callable[[Array], Array]
 #: (q [B, T, H, hd], k and v [B, S, KV, hd], visibility, scale=, window=) -> [B, T, H, hd]; see attention.py.
 Attend = Callable[..., Array]
 #: What a block keeps for the backward pass: everything; results of matrix products; only its input.
 Remat = Literal["none", "dots", "block"]
+
+
+def _as_it_lies(x: Array) -> Array:
+    return x
+
+
+class TokenLayout(NamedTuple):
+    """Where the tokens of activations [B, T, D] lie: two functions that return their argument, laid out on a mesh.
+
+    `gather` comes before products, which read whole rows, `scatter` after them; see azr_jax.dist.sequence. Without one,
+    the compiler of a sharded program may gather activations where it should gather the weights of one layer.
+    """
+
+    gather: Callable[[Array], Array] = _as_it_lies
+    scatter: Callable[[Array], Array] = _as_it_lies
+
+
+ONE_PLACE = TokenLayout()
 
 
 def rope_angles(config: ModelConfig, positions: Array) -> tuple[Angles, Angles]:
@@ -140,22 +157,24 @@ def rope_angles(config: ModelConfig, positions: Array) -> tuple[Angles, Angles]:
     return angles, config.local_rope.angles(config.head_dim, positions) if config.local_rope else angles
 
 
-def block(x: Array, w: Params, config: ModelConfig, angles: Angles, attention: Attention) -> tuple:
+def block(
+    x: Array, w: Params, config: ModelConfig, angles: Angles, attention: Attention, layout: TokenLayout = ONE_PLACE
+) -> tuple:
     """One decoder block: x [B, T, D], this layer's weights -> (x [B, T, D], whatever `attention` keeps).
 
     `attention(q, k, v)` gets rotated q [B, T, H, hd], k and v [B, T, KV, hd] and returns ([B, T, H, hd], kept).
     """
-    y = rms_norm(x, w["attn_norm"], config)
+    y = layout.gather(rms_norm(x, w["attn_norm"], config))
     q, k, v = (project(y, w[name]) for name in ("q", "k", "v"))
     if config.attention_bias:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
     if config.qk_norm:
         q, k = rms_norm(q, w["q_norm"], config), rms_norm(k, w["k_norm"], config)
     out, kept = attention(rotate(q, angles), rotate(k, angles), v)
-    y = project(out, w["o"])
+    y = layout.scatter(project(out, w["o"]))
     x = x + (rms_norm(y, w["attn_post_norm"], config) if config.post_norms else y)
-    y = rms_norm(x, w["mlp_norm"], config)
-    y = project(_activate(project(y, w["gate"]), config) * project(y, w["up"]), w["down"])
+    y = layout.gather(rms_norm(x, w["mlp_norm"], config))
+    y = layout.scatter(project(_activate(project(y, w["gate"]), config) * project(y, w["up"]), w["down"]))
     return x + (rms_norm(y, w["mlp_post_norm"], config) if config.post_norms else y), kept
 
 
@@ -176,18 +195,16 @@ def forward(
     positions: Array,
     segments: Array,
     remat: Remat = "none",
-    constrain: Constraint | None = None,
+    layout: TokenLayout = ONE_PLACE,
     attend: Attend = attend,
 ) -> Array:
     """Final hidden states of packed rows, after the last norm.
 
     tokens, positions, segments: int32 [B, T]; segment 0 is padding; positions restart at 0 in each segment; a token
     sees its own segment up to its own position (in sliding layers, the last `sliding_window` of them).
-    constrain: lays out activations [B, T, D] on a mesh, after the embedding and after every block. Without it the
-    compiler of a sharded program may gather activations where it should gather the weights of one layer.
-    Returns [B, T, D] in the weights' dtype.
+    layout: where tokens lie on a mesh. Returns [B, T, D] in the weights' dtype.
     """
-    return _run(params, config, tokens, positions, segments, False, remat, constrain, attend)[0]
+    return _run(params, config, tokens, positions, segments, False, remat, layout, attend)[0]
 
 
 def prefill(
@@ -196,11 +213,10 @@ def prefill(
     tokens: Array,
     positions: Array,
     segments: Array,
-    constrain: Constraint | None = None,
     attend: Attend = attend,
 ) -> tuple[Array, tuple[Array, Array]]:
     """As `forward`, also returning the keys and values of every layer: (k, v), each [L, B, T, KV, hd]."""
-    return _run(params, config, tokens, positions, segments, True, "none", constrain, attend)
+    return _run(params, config, tokens, positions, segments, True, "none", ONE_PLACE, attend)
 
 
 def _run(
@@ -211,7 +227,7 @@ def _run(
     segments: Array,
     keep_cache: bool,
     remat: Remat,
-    constrain: Constraint | None,
+    layout: TokenLayout,
     attend: Attend,
 ) -> tuple[Array, Any]:
     visibility = Visibility.within(segments, positions)
@@ -234,14 +250,12 @@ def _run(
         angles = local if config.sliding_layers else full
         if mixed and config.local_rope:
             angles = jnp.where(slides, local[0], full[0]), jnp.where(slides, local[1], full[1])
-        x, kept = block(x, w, config, angles, attention)
-        return constrain(x) if constrain else x, kept
+        return block(x, w, config, angles, attention, layout)
 
-    x = embed(params, config, tokens)  # [B, T, D]
-    x = constrain(x) if constrain else x
+    x = layout.scatter(embed(params, config, tokens))  # [B, T, D]
     slides = np.asarray(config.sliding_layers or (False,) * config.num_layers)
     x, cache = scan_blocks(_checkpointed(layer, remat), x, (params["blocks"], slides), config)
-    return rms_norm(x, params["final_norm"], config), cache
+    return layout.gather(rms_norm(x, params["final_norm"], config)), cache
 
 
 def _checkpointed(layer: Callable, remat: Remat) -> Callable:

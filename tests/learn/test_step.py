@@ -157,7 +157,7 @@ def test_gradient_with_remat_is_the_same(plain) -> None:
     assert_same(mean_gradient(packed(), replace(CONFIG, learn=replace(CONFIG.learn, remat="block"))), plain)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=["fsdp 8", "data 2 fsdp 2 tensor 2"])
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(1, 2, 4)], ids=str)
 def test_gradient_and_update_do_not_depend_on_the_mesh(plain, mesh: MeshConfig) -> None:
     batch = packed(rows=8)
     assert_same(mean_gradient(batch, mesh=mesh), plain)
@@ -321,13 +321,24 @@ def test_weights_are_gathered_layer_by_layer() -> None:
     assert not [s for s in gathered if t in s], "activations are gathered"
 
 
-def test_looking_up_embeddings_moves_no_activations() -> None:
+def test_looking_up_embeddings_moves_no_activations_between_rows() -> None:
     t = 48
     text = compiled_text(ModelConfig(1000, 64, 256, 1, 8, 4, 8), CONFIG, MeshConfig(2, 2, 2), 8, t)
     gathered = shapes_in(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
     assert (500, 64) in gathered  # the table, whole along D
-    assert not [s for s in gathered if t in s], "activations are gathered"
-    assert "collective-permute" not in text
+    assert {s[0] for s in gathered if t in s} == {2}, "a device gathers tokens of its own two rows only,"
+    permuted = shapes_in(r"= f32\[([\d,]+)\]\S* collective-permute\(", text)
+    assert {s for s in permuted if 64 in s} <= {(2, t // 2, 64)}, "and sends at most the share it keeps"
+
+
+@pytest.mark.parametrize("tokens", [48, 50], ids=["tensor divides the tokens", "it does not"])
+def test_devices_that_share_rows_share_what_the_backward_pass_keeps(tokens: int) -> None:
+    layers, d = 11, 64  # more layers than the scan unrolls; every size is different
+    config = replace(CONFIG, learn=replace(CONFIG.learn, remat="block"))
+    model = ModelConfig(1000, d, 256, layers, 8, 4, 8)
+    text = compiled_text(model, config, MeshConfig(1, 2, 4), 2, tokens)
+    kept = {s for s in shapes_in(r"f32\[([\d,]+)\]", text) if s[0] == layers and s[1:2] == (1,) and s[-1] == d}
+    assert kept == {(layers, 1, 12 if tokens == 48 else tokens, d)}
 
 
 @pytest.mark.parametrize("poison", ["nan advantage", "no tokens"])

@@ -10,14 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
 
 from azr_jax.config import MeshConfig
 from azr_jax.dist.mesh import make_mesh, row_sharding
+from azr_jax.dist.sequence import token_layout
 from azr_jax.learn.state import param_shardings
 from azr_jax.models import transformer
 from azr_jax.models.config import ModelConfig
-from azr_jax.models.transformer import Params, Transformer, forward, init_params, param_specs, prefill, unembed
+from azr_jax.models.transformer import (
+    ONE_PLACE,
+    Params,
+    Transformer,
+    forward,
+    init_params,
+    param_specs,
+    prefill,
+    unembed,
+)
 
 MODEL = ModelConfig(64, 32, 64, 2, 4, 2, 8)
 MESHES = [MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(8, 1, 1), MeshConfig(1, 2, 4)]
@@ -70,15 +79,14 @@ def test_a_token_sees_its_own_past_only():
 
 
 @pytest.mark.parametrize("mesh_config", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
-@pytest.mark.parametrize("constrained", [False, True])
-def test_the_same_on_every_mesh(mesh_config, constrained):
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_the_same_on_every_mesh(mesh_config, laid_out):
     mesh = make_mesh(mesh_config)
     params = jax.device_put(params_of(), param_shardings(MODEL, mesh))
     rows = jax.device_put(batch(), row_sharding(mesh))
 
     def run(params, *rows):
-        layout = (lambda x: lax.with_sharding_constraint(x, row_sharding(mesh))) if constrained else None
-        return logits(params, *rows, constrain=layout)
+        return logits(params, *rows, layout=token_layout(mesh, 24) if laid_out else ONE_PLACE)
 
     assert len(params["blocks"]["gate"].sharding.device_set) == 8
     np.testing.assert_allclose(jax.jit(run)(params, *rows), expected(), atol=2e-5)
