@@ -89,7 +89,7 @@ class MeshConfig:
 
     data: int = 1  #: copies of the model, each fed its own share of a batch
     fsdp: int = 0  #: parameters and batch are both split over this axis
-    tensor: int = 1  #: heads and hidden units are split over this axis
+    tensor: int = 1  #: heads, hidden units and, between products, tokens are split over this axis
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,8 @@ def _unknown_key(key: str) -> str:
         first = next(known for known in leaves if known.startswith(key + "."))
         return f"`{key}` is a section of keys; set one of them, such as {first}"
     meant = [known for known in leaves if known.rpartition(".")[2] == name]
-    meant = meant or difflib.get_close_matches(key, leaves + sections, n=1, cutoff=0.75)
+    alike = leaves if "." in key else leaves + sections
+    meant = meant or difflib.get_close_matches(key, alike, n=1, cutoff=0.75)
     if meant:
         return f"unknown key `{key}`; did you mean {' or '.join(f'`{known}`' for known in meant)}?"
     section = key.partition(".")[0] + "."

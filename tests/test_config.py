@@ -116,6 +116,7 @@ def test_round_trips(lr, temperature, steps, reuse, run_dir):
         ("every", "`eval.every` or `checkpoint.every`"),
         ("lr", "`learn.lr`"),
         ("learn.learning_rate", "`learn` has lr, schedule"),
+        ("executor.x", "`executor` has workers, cpu_seconds"),
         ("learn.entropy_coeff", "`learn.entropy_coef`"),
         ("rollout.temprature", "`rollout.temperature`"),
         ("xyzzy", "`azr-jax config` lists all keys"),
