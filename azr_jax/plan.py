@@ -8,13 +8,11 @@ fragmentation, loading and saving.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from itertools import chain, combinations
 from typing import Any, TextIO
 
@@ -72,8 +70,6 @@ def make_plan(config: Config, target: Target, layers: int | None = None, compili
             raise UserError(f"--layers {layers}: {config.model} has {model.num_layers}")
         model = replace(model, num_layers=layers, sliding_layers=model.sliding_layers[:layers])
     setup = Setup(config, model, target)
-    if compiling and target.chip.platform == "tpu":
-        _compare_compilers()
     programs = {name: _program(setup, name, compiling and target.chip.platform != "gpu") for name in PROGRAMS}
     fits = not setup.starved and all(each["peak_bytes"] <= target.chip.usable for each in programs.values())
     record: dict[str, Any] = {
@@ -102,16 +98,6 @@ def make_plan(config: Config, target: Target, layers: int | None = None, compili
     if not fits:
         record["nearest_change"] = _nearest_change(setup, programs)
     return record
-
-
-def _compare_compilers() -> None:
-    """Warns of a libtpu that is not the one which JAX asks for: another one places other bytes."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        found = metadata.version("libtpu")
-        for need in metadata.requires("jax") or []:
-            wanted = need.partition(";")[0].strip().removesuffix(".*")
-            if wanted.startswith("libtpu==") and not f"libtpu=={found}.".startswith(f"{wanted}."):
-                log.warning("libtpu is %s, but this JAX goes with %s: a slice may need other bytes", found, wanted[8:])
 
 
 def _program(setup: Setup, name: str, compiling: bool) -> dict[str, Any]:

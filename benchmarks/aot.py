@@ -46,6 +46,7 @@ from azr_jax.models.attention import attend
 from azr_jax.models.config import ModelConfig
 from azr_jax.models.sizes import published_size
 from azr_jax.models.transformer import Attend, Params, Spec, forward, init_params, param_specs
+from azr_jax.plan_compile import memory_of
 
 AHEAD = "no TPU: compiled ahead of time"
 ROW_TOKENS = 8192
@@ -114,8 +115,7 @@ def measure(program: str, name: str, topology: str, fsdp: int, tensor: int, kind
     start = time.monotonic()
     lower = lower_forward if program == "forward" else lower_update
     compiled = lower(model, mesh, partial(attend, kind=kind, mesh=mesh)).compile()
-    memory = compiled.memory_analysis()
-    parts = {part: getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "temp", "output", "alias")}
+    parts = memory_of(compiled, "tpu")
     used = parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]
     limit = CHIPS[topology.split(":")[0]].usable
     case = {"model": name, "topology": topology, "fsdp": fsdp, "tensor": tensor, "attention": kind}

@@ -24,6 +24,7 @@ from result import about, write
 from azr_jax.chips import CHIPS
 from azr_jax.config import RolloutConfig
 from azr_jax.models.sizes import published_size
+from azr_jax.plan_compile import memory_of
 from azr_jax.rollout.device import Device
 from azr_jax.rollout.sizing import DEVICE_SHARE, longest
 from azr_jax.rollout.weights import decode_mesh, weights_bytes
@@ -54,8 +55,7 @@ def measure(name: str, topology: str) -> dict[str, Any]:
     case |= {"cached_tokens_a_shard": layout.pages * layout.page}
     for kind, size in (("prefill", device.buckets[-1]), ("decode", device.widths[-1])):
         start = time.monotonic()
-        memory = device.program(kind, size).memory_analysis()  # type: ignore[attr-defined]
-        parts = {part: getattr(memory, f"{part}_size_in_bytes") for part in ("argument", "temp", "output", "alias")}
+        parts = memory_of(device.program(kind, size), "tpu")
         used = (parts["argument"] + parts["temp"] + parts["output"] - parts["alias"]) / 2**30
         found: dict[str, Any] = {f"{part}_gib": round(size / 2**30, 2) for part, size in parts.items()}
         found |= {"used_gib": round(used, 2), "fits": used < limit}

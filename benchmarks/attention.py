@@ -26,6 +26,7 @@ from azr_jax.config import MeshConfig
 from azr_jax.dist.mesh import make_mesh
 from azr_jax.models.attention import Array, Visibility, attend
 from azr_jax.models.attention_choice import choose_attention
+from azr_jax.plan_compile import memory_of
 
 
 def packed_rows(rows: int, tokens: int, segments: int) -> Visibility:
@@ -101,12 +102,12 @@ def compile_ahead(args: argparse.Namespace) -> dict[str, Any]:
     seen = Visibility(*(shape(rows, args.tokens, dtype=jnp.int32) for _ in range(4)))
     start = time.perf_counter()
     compiled = jax.jit(partial(gradients, kind="splash", mesh=mesh)).lower(*inputs, seen).compile()
-    memory = compiled.memory_analysis()
+    memory = memory_of(compiled, "tpu")
     return {
         "topology": args.aot,
         "compile_seconds": round(time.perf_counter() - start, 1),
-        "argument_mib": memory.argument_size_in_bytes / 2**20,
-        "temporary_mib": memory.temp_size_in_bytes / 2**20,
+        "argument_mib": memory["argument"] / 2**20,
+        "temporary_mib": memory["temp"] / 2**20,
     }
 
 

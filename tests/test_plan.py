@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from azr_jax import plan as plan_module
 from azr_jax import plan_compile
 from azr_jax.chips import CHIPS, GIB
 from azr_jax.cli import build_parser, main
@@ -401,17 +400,3 @@ def test_bad_names_are_config_errors():
 def test_tables_are_those_of_the_recorded_plans():
     page = PAGE.read_text()
     assert page == with_tables(page), "run `make plan-all` or its --tables"
-
-
-@pytest.mark.parametrize(
-    ("found", "warned"), [("0.0.42", False), ("0.0.42.1", False), ("0.0.420", True), ("0.1", True)]
-)
-def test_another_compiler_than_jax_asks_for_is_named(monkeypatch, caplog, found, warned):
-    monkeypatch.setattr(plan_module.metadata, "requires", lambda name: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"'])
-    monkeypatch.setattr(plan_module.metadata, "version", lambda name: found)
-    plan_module._compare_compilers()
-    assert (f"libtpu is {found}, but this JAX goes with 0.0.42" in caplog.text) == warned
-    caplog.clear()
-    monkeypatch.setattr(plan_module.metadata, "requires", lambda name: ["numpy", 'libtpu>=0.0.42; extra == "tpu"'])
-    plan_module._compare_compilers()
-    assert not caplog.text  # it asks for no one of them
