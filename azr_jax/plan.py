@@ -243,7 +243,7 @@ def _traffic(record: dict[str, Any]) -> list[str]:
     for name, unit in (
         ("prefill", "a prefill"),
         ("decode", "a token of every slot"),
-        ("update", "a micro-batch, its loop over layers counted once on TPU"),
+        ("update", "a micro-batch with one chunk of logits"),
     ):
         each = record[name]
         if not each["compiled"]:

@@ -1,9 +1,11 @@
 """Traffic between chips, read from the text of a compiled program: bytes by kind of collective.
 
-A loop counts as often as the program's text says that it runs, else once: micro-batches of an update, steps of a block
-of decoding, and in what the TPU compiler prints also the layers of an update. So on TPU the figures are for one token a
-slot, one prefill, and one layer of one micro-batch (with its embedding and logits). A collective's bytes are
-those of its result on one chip, for a reduce-scatter those of its operands.
+A loop counts as often as the program's text says that it runs, by a trip count or by the constant that its condition
+compares with (loops of this project count up from 0). Else it counts once: micro-batches of an update, its chunks of
+logits, steps of a block of decoding. So the figures are for one prefill, one token a slot, and one micro-batch with the
+least of logits. A collective's bytes are those of its result on one chip, for a reduce-scatter those of its operands.
+The TPU compiler writes a collective that runs beside products once for each of them, as pieces of one chain, which
+count once here, and some reduce-scatters as all-reduces in a computation named for what it is.
 """
 
 from __future__ import annotations
@@ -20,20 +22,26 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CHAIN = re.compile(r'chain_id="(\w+)"')
+_REDUCE_SCATTER = "all-reduce-scatter"
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
 
 
 def collectives(text: str) -> dict[str, int]:
     """Bytes by kind that a chip gets from the others in one call; kinds that do not occur are left out."""
     own: dict[str, Counter[str]] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
+    calls: dict[str, list[tuple[str, int | str]]] = {}  # and how often: a number, or the name of a loop's condition
+    constants: dict[str, list[int]] = {}
+    bounds: dict[str, int] = {}  # of conditions
+    chains: set[str] = set()
     entry = current = ""
     for line in text.splitlines():
         begins = _COMPUTATION.match(line)
         if begins:
             current = begins[2]
             entry = current if begins[1] else entry
-            own[current], calls[current] = Counter(), []
+            own[current], calls[current], constants[current] = Counter(), [], []
             continue
         parts = _INSTRUCTION.match(line)
         if not parts or not current:
@@ -41,13 +49,28 @@ def collectives(text: str) -> dict[str, int]:
         result, name, rest = parts.groups()
         kind = next((kind for kind in KINDS if name in (kind, f"{kind}-start")), None)
         if kind:
-            own[current][kind] += _bytes_of(result, rest, kind, name.endswith("-start"))
+            size = _bytes_of(result, rest, kind, name.endswith("-start"))
+            chain = _CHAIN.search(rest)
+            if chain is None or chain[1] not in chains:
+                own[current]["reduce-scatter" if current.startswith(_REDUCE_SCATTER) else kind] += size
+            if chain:
+                chains.add(chain[1])
             continue  # what a reduction applies is no computation of its own
-        trips = _TRIPS.search(rest)
+        if name == "constant" and result.startswith("s32[]"):
+            constants[current].append(int(rest.partition(")")[0]))
+        elif name == "compare" and "ROOT" in line and "direction=LT" in rest and len(constants[current]) == 1:
+            bounds[current] = constants[current][0]
+        times: int | str = 1
+        if name == "while":
+            trips, condition = _TRIPS.search(rest), _CONDITION.search(rest)
+            times = int(trips[1]) if trips else condition[1] if condition else 1
         for names in _CALLED.findall(rest):
-            times = int(trips[1]) if trips and name == "while" else 1
             calls[current] += [(called.strip(" %"), times) for called in names.split(",")]
-    return dict(sorted(_total(entry, own, calls, {}).items()))
+    counted = {
+        name: [(called, bounds.get(times, 1) if isinstance(times, str) else times) for called, times in each]
+        for name, each in calls.items()
+    }
+    return dict(sorted(_total(entry, own, counted, {}).items()))
 
 
 def _total(

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from azr_jax.config import Config, RolloutConfig
 from azr_jax.dist.mesh import AXES, mesh_sizes
+from azr_jax.dist.sequence import token_sharding
 from azr_jax.learn.logprobs import chunk_tokens
 from azr_jax.learn.prepare import most_micro, most_trajectories, row_tokens
 from azr_jax.learn.state import param_shardings
@@ -169,11 +170,14 @@ class Setup:
         learn, model = self.config.learn, self.model
         size, tensor = jnp.dtype(self.dtype).itemsize, self.mesh.shape["tensor"]
         tokens = self.rows // (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) * self.row_tokens
+        inputs = token_sharding(self.mesh, self.row_tokens).shard_shape((self.rows, self.row_tokens, model.hidden_size))
         kept = {"block": 0.0, "dots": 0.6, "none": 1.0}[learn.remat]  # of a block's arrays, besides its input
-        activations = model.num_layers * tokens * (model.hidden_size * size + kept * self._block_bytes(tensor))
+        activations = model.num_layers * (math.prod(inputs) * size + kept * tokens * self._block_bytes(tensor))
+        table = model.vocab_size * model.hidden_size * size / tensor  # of embeddings, whole rows of it
         logits = 3 * 4 * chunk_tokens(model) * model.vocab_size / tensor
         backward = self.compute_copy * 2 if self.compute_copy else self.weights  # the weights and their gradient
         backward += activations + tokens * self._block_bytes(tensor) + logits
+        backward += table if self.mesh.shape["fsdp"] > 1 else 0.0
         state = self.weights + (0 if learn.offload else self.moments)
         optimizer = self.moments if learn.offload else 0.0  # they visit
         rows = 8 * 4 * self.micro_batches_at_most * tokens  # eight arrays of a packed batch

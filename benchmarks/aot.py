@@ -7,7 +7,8 @@
 `forward` is the program of scoring (log-probability and entropy of every token, weights in bfloat16), `update` the
 whole policy-gradient step (float32 master, AdamW, bfloat16 compute copy, one micro-batch at a time, every block
 recomputed). They are compiled by the TPU compiler itself (libtpu), so the bytes are those a chip would hold; no time is
-measured. For an update it also lists the largest weights that are gathered at once: they must be those of one layer.
+measured. For an update it also lists the largest arrays that are gathered: weights of the vocabulary and of one layer,
+and one row's activations.
 One JSON line a case; a case takes from half a minute to a few minutes.
 """
 

@@ -242,13 +242,46 @@ def test_collectives_read_the_compilers_text():
   ROOT %lt = pred[] compare(%a, %b), direction=LT
 }
 
+%body.2 (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %aa = f32[8]{0} all-to-all(%x), dimensions={0}
+}
+
+%cond.2 (arg: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %lt.2 = pred[] compare(%i, %limit), direction=LT
+}
+
+%all-reduce-scatter.2 (p: f32[64]) -> f32[16] {
+  %ar.2 = f32[64]{0} all-reduce(%p), replica_groups={}, to_apply=%sum
+  ROOT %part = f32[16]{0} dynamic-slice(%ar.2, %i), dynamic_slice_sizes={16}
+}
+
+%start (p: bf16[4,8]) -> bf16[16,8] {
+  ROOT %ag.2 = bf16[16,8]{1,0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="4"}
+}
+
+%product_meanwhile (p: bf16[4,8]) -> bf16[16,8] {
+  ROOT %ag.3 = bf16[16,8]{1,0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="4"}
+}
+
 ENTRY %main.1 (p: f32[8]) -> f32[8] {
+  %s = bf16[16,8]{1,0} fusion(%p), kind=kCustom, calls=%start
+  %m = bf16[16,8]{1,0} fusion(%p), kind=kOutput, calls=%product_meanwhile
+  %part = f32[16]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2
+  %w.2 = (s32[], f32[8]) while(%init), condition=%cond.2, body=%body.2
+  %w.3 = (s32[], f32[8]) while(%init), condition=%cond.1, body=%body.2
   %w = (s32[], f32[8]) while(%init), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"28"}}
   %rs = f32[2]{0} reduce-scatter(f32[8]{0} %z), dimensions={0}, to_apply=%sum
   ROOT %ar = f32[8]{0} all-reduce(%z), replica_groups={}, to_apply=%sum
 }
 """
-    assert collectives(text) == {"all-gather": 28 * 16 * 8 * 2, "all-reduce": 32, "reduce-scatter": 32}
+    gathered, scattered = 29 * 16 * 8 * 2, 64 * 4 + 32
+    assert collectives(text) == {
+        "all-gather": gathered,
+        "all-reduce": 32,
+        "all-to-all": (3 + 1) * 32,
+        "reduce-scatter": scattered,
+    }
     assert collectives("") == {}
 
 

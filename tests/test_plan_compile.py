@@ -88,6 +88,9 @@ def test_an_update_compiles_for_its_slice(name):
     gathers = re.findall(r" = (.*?) all-gather(?:-start)?\(", text)
     sizes = [int(first) for types in gathers for first in re.findall(r"(?:bf16|f32)\[(\d+),", types)]
     assert 1 in sizes and LAYERS not in sizes  # weights are gathered, and never those of all layers at once
+    whole = f"[1,{setup.row_tokens},{NARROW['hidden_size']}]"  # tokens of a row, of which a chip has a share
+    kinds = {found for types in gathers for found in re.findall(r"(bf16|f32)" + re.escape(whole), types)}
+    assert kinds == ({"bf16"} if setup.mesh.shape["tensor"] > 1 else set())
 
 
 def test_temporaries_are_what_the_compiler_sets_aside(tmp_path):

@@ -1,8 +1,9 @@
 """The mesh (data x fsdp x tensor) and the one place that says which weight axis lies on which mesh axis.
 
-`data` replicates weights, `fsdp` shards weights and rows, `tensor` shards heads, feed-forward columns and vocabulary.
-The same code serves one device and many: an axis of size 1 shards nothing. Axes are of JAX's Auto type: the compiler
-places the collectives, a wrong rule costs speed and never correctness.
+`data` replicates weights, `fsdp` shards weights and rows, `tensor` shards heads, feed-forward columns, vocabulary and,
+between the products of a block, tokens (sequence.py). The same code serves one device and many: an axis of size 1
+shards nothing. Axes are of JAX's Auto type: the compiler places the collectives, a wrong rule costs speed and never
+correctness.
 """
 
 from __future__ import annotations

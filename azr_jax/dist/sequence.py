@@ -1,14 +1,17 @@
 """Sequence parallelism: devices that share a row's heads and hidden units also share its tokens in between.
 
 The products of a block are cut along `tensor` and read every token of a row. Around them, in norms and residuals, a
-token is on its own, so each device keeps its share of the tokens only: what the backward pass keeps of a block, and
-most of what it has at once, is divided by `tensor`. As many bytes travel as before, for the sum over devices that ends
-a product is a reduce-scatter followed by an all-gather (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
+token is on its own, so each device has its share of the tokens only. That divides the inputs of blocks, which are what
+`learn.remat: block` keeps for the backward pass (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
+
+It trades memory for traffic where the compiler ends a product with an all-reduce and throws the other shares away,
+as libtpu 0.0.42 does with small products; with large ones it scatters sums while it still multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax import lax
@@ -20,14 +23,21 @@ from azr_jax.models.transformer import TokenLayout
 
 def token_sharding(mesh: Mesh, tokens: int) -> NamedSharding:
     """Sharding of activations [rows, tokens, D] between products. Tokens that `tensor` does not divide stay whole."""
-    axis = None if tokens % mesh.shape["tensor"] else "tensor"
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), axis))
+    shares = mesh.shape["tensor"]
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor" if shares > 1 and tokens % shares == 0 else None))
 
 
 def token_layout(mesh: Mesh, tokens: int) -> TokenLayout:
     """How `forward` lays out activations of rows of so many tokens on a mesh."""
     whole, shared = row_sharding(mesh), token_sharding(mesh, tokens)
-    return TokenLayout(gather=_moved(shared, whole), scatter=_moved(whole, shared))
+    gather = _moved(shared, whole)
+    return TokenLayout(
+        whole=partial(lax.with_sharding_constraint, shardings=whole),
+        # Held in place first: the compiler would gather before the cast that ends a norm, twice the bytes.
+        gather=lambda x: gather(lax.with_sharding_constraint(x, shared)),
+        scatter=_moved(whole, shared),
+        shared=shared != whole,
+    )
 
 
 def _moved(source: NamedSharding, target: NamedSharding) -> Callable[[jax.Array], jax.Array]:

@@ -9,6 +9,7 @@ log-probabilities agree. Norms, softmax and logits are computed in float32, the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -112,13 +113,13 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     return weights_of(Transformer(config, rngs=nnx.Rngs(params=seed)))
 
 
-def rms_norm(x: Array, weight: Array, config: ModelConfig) -> Array:
+def rms_norm(x: Array, weight: Array, config: ModelConfig, apart: bool = False) -> Array:
     """RMSNorm of x [B, T, ..., D] over the last axis, in float32, returned in x's dtype.
 
-    The gain is weight [D] + config.norm_offset.
+    The gain is weight [D] + config.norm_offset. apart: B and T lie on different axes of a mesh and stay two axes.
     """
     # Rows and tokens as one axis: with a leading axis of 1, XLA on CPU is ten times slower at the gradient's sums.
-    x32 = x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
+    x32 = (x if apart else x.reshape(-1, *x.shape[2:])).astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.rms_norm_eps)
     gain = weight.astype(jnp.float32)
     y = x32 * scale * (gain + config.norm_offset if config.norm_offset else gain)
@@ -138,14 +139,16 @@ def _as_it_lies(x: Array) -> Array:
 
 
 class TokenLayout(NamedTuple):
-    """Where the tokens of activations [B, T, D] lie: two functions that return their argument, laid out on a mesh.
+    """Where the tokens of activations [B, T, D] lie: functions that return their argument, laid out on a mesh.
 
-    `gather` comes before products, which read whole rows, `scatter` after them; see azr_jax.dist.sequence. Without one,
-    the compiler of a sharded program may gather activations where it should gather the weights of one layer.
+    Products read whole rows: `gather` comes before them and `scatter` after; see azr_jax.dist.sequence. Without a
+    layout, the compiler of a sharded program may gather activations where it should gather the weights of one layer.
     """
 
+    whole: Callable[[Array], Array] = _as_it_lies
     gather: Callable[[Array], Array] = _as_it_lies
     scatter: Callable[[Array], Array] = _as_it_lies
+    shared: bool = False  #: whether what is scattered has only a share of each row's tokens on a device
 
 
 ONE_PLACE = TokenLayout()
@@ -163,8 +166,10 @@ def block(
     """One decoder block: x [B, T, D], this layer's weights -> (x [B, T, D], whatever `attention` keeps).
 
     `attention(q, k, v)` gets rotated q [B, T, H, hd], k and v [B, T, KV, hd] and returns ([B, T, H, hd], kept).
+    x comes and goes as `layout.scatter` lays it out.
     """
-    y = layout.gather(rms_norm(x, w["attn_norm"], config))
+    norm = partial(rms_norm, config=config, apart=layout.shared)
+    y = layout.gather(norm(x, w["attn_norm"]))
     q, k, v = (project(y, w[name]) for name in ("q", "k", "v"))
     if config.attention_bias:
         q, k, v = q + w["q_bias"], k + w["k_bias"], v + w["v_bias"]
@@ -172,10 +177,10 @@ def block(
         q, k = rms_norm(q, w["q_norm"], config), rms_norm(k, w["k_norm"], config)
     out, kept = attention(rotate(q, angles), rotate(k, angles), v)
     y = layout.scatter(project(out, w["o"]))
-    x = x + (rms_norm(y, w["attn_post_norm"], config) if config.post_norms else y)
-    y = layout.gather(rms_norm(x, w["mlp_norm"], config))
+    x = x + (norm(y, w["attn_post_norm"]) if config.post_norms else y)
+    y = layout.gather(norm(x, w["mlp_norm"]))
     y = layout.scatter(project(_activate(project(y, w["gate"]), config) * project(y, w["up"]), w["down"]))
-    return x + (rms_norm(y, w["mlp_post_norm"], config) if config.post_norms else y), kept
+    return x + (norm(y, w["mlp_post_norm"]) if config.post_norms else y), kept
 
 
 def _activate(x: Array, config: ModelConfig) -> Array:
@@ -252,10 +257,10 @@ def _run(
             angles = jnp.where(slides, local[0], full[0]), jnp.where(slides, local[1], full[1])
         return block(x, w, config, angles, attention, layout)
 
-    x = layout.scatter(embed(params, config, tokens))  # [B, T, D]
+    x = layout.scatter(layout.whole(embed(params, config, tokens)))  # [B, T, D]
     slides = np.asarray(config.sliding_layers or (False,) * config.num_layers)
     x, cache = scan_blocks(_checkpointed(layer, remat), x, (params["blocks"], slides), config)
-    return layout.gather(rms_norm(x, params["final_norm"], config)), cache
+    return layout.gather(rms_norm(x, params["final_norm"], config, layout.shared)), cache
 
 
 def _checkpointed(layer: Callable, remat: Remat) -> Callable:
