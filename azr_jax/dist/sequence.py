@@ -36,7 +36,7 @@ def token_layout(mesh: Mesh, tokens: int) -> TokenLayout:
         # Held in place first: the compiler would gather before the cast that ends a norm, twice the bytes.
         gather=lambda x: gather(lax.with_sharding_constraint(x, shared)),
         scatter=_moved(whole, shared),
-        shared=shared != whole,
+        shared=shared.spec[1] is not None,
     )
 
 

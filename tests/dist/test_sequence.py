@@ -19,13 +19,15 @@ def test_tokens_lie_over_tensor_where_it_divides_them():
     mesh = make_mesh(MESH)
     assert token_sharding(mesh, 24).spec == PartitionSpec(("data", "fsdp"), "tensor")
     assert token_sharding(mesh, 22).shard_shape((2, 22, 3)) == (1, 22, 3)
+    assert token_layout(mesh, 24).shared and not token_layout(mesh, 22).shared
+    assert not token_layout(make_mesh(MeshConfig(1, 8, 1)), 24).shared
 
 
 @pytest.mark.parametrize("tokens", [24, 22])
 def test_both_moves_are_the_identity_and_bring_gradients_back(tokens):
     mesh = make_mesh(MESH)
     layout = token_layout(mesh, tokens)
-    x = np.arange(2 * tokens * 3, dtype=np.float32).reshape(2, tokens, 3)
+    x = np.arange(4 * tokens * 3, dtype=np.float32).reshape(4, tokens, 3)
     there, back = token_sharding(mesh, tokens), row_sharding(mesh)
     for move, source, target in ((layout.scatter, back, there), (layout.gather, there, back)):
         moved, pull = jax.jit(lambda x, move=move: jax.vjp(move, x))(jax.device_put(x, source))

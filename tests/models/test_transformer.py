@@ -107,6 +107,22 @@ def test_remat_changes_neither_values_nor_gradients(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, saved)
 
 
+@pytest.mark.parametrize(("remat", "tokens"), [("none", 22), ("dots", 24), ("block", 22)])
+def test_sharing_tokens_changes_no_gradient(remat, tokens):
+    """Two rows a device; 24 tokens are divided among four devices, 22 are not."""
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    rows = tuple(x[:4, :tokens] for x in batch())
+
+    def loss(params, rows, layout, remat):
+        return jnp.sum(jnp.tanh(logits(params, *rows, layout=layout, remat=remat)))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=(2, 3))
+    plain = gradient(params_of(), rows, ONE_PLACE, "none")
+    params = jax.device_put(params_of(), param_shardings(MODEL, mesh))
+    shared = gradient(params, jax.device_put(rows, row_sharding(mesh)), token_layout(mesh, tokens), remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, shared)
+
+
 def test_the_cache_holds_what_later_tokens_need():
     """Keys and values of a prefix do not depend on what follows it."""
     tokens, positions, segments = (x[:1] for x in batch())
