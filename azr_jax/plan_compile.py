@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import re
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -67,7 +69,7 @@ def require_compiler(setup: Setup) -> None:
     if setup.target.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"planning for {setup.target.name} needs the TPU compiler, which is not installed (no TPU is needed): "
-            'pip install -e ".[tpu]" in the folder of this project'
+            f'{sys.executable} -m pip install -e ".[tpu]" in the folder of this project'
         )
 
 
@@ -89,8 +91,10 @@ def compiled(setup: Setup, program: str) -> dict[str, Any]:
 def _compile(setup: Setup, program: str) -> dict[str, Any]:
     start = time.monotonic()
     with _alive(f"compiling {program} for {setup.target.name}"):
+        lowered = lower(setup, program)
         try:
-            done, text = compile_to_text(lower(setup, program))
+            with _ended_by_signals():
+                done, text = compile_to_text(lowered)
         except jax.errors.JaxRuntimeError as error:
             too_large = TOO_LARGE.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
             if too_large is None:
@@ -179,6 +183,20 @@ def _devices(setup: Setup, topology: str) -> Any:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # of a machine without a TPU: libtpu complains at length
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # where there is neither
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once. Python would wait for the compiler, and libtpu print its stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not one of Python's, such as libtpu's
 
 
 @contextmanager

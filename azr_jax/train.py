@@ -307,6 +307,8 @@ def _resume(run: Run, checkpoints: Checkpointer, folder: RunFolder, wandb: Wandb
     if run.hosts.leads and not chain.ok:
         log.warning("%s was changed since the checkpoint: line %d %s", folder.oversight, chain.line, chain.problem)
     log.info("resuming after step %d", number)
+    if number >= run.config.steps:
+        log.info("all %d steps are done; with a larger `steps` the run goes on", run.config.steps)
     rows = folder.read_metrics()
     run.scores = {row["step"]: row[BEST_BY] for row in rows if row.get(BEST_BY) is not None}
     lacks = extra.get("unfinished") is not None  # a resume from the same checkpoint may have brought it already

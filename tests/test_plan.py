@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -393,6 +397,20 @@ def test_advice_on_a_bad_mesh_loads_and_fits_and_holds_nothing_needless(name):
                 assert not planned(name, *words, *without)["fits"], (words, advice, word)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_process_that_compiles(number):
+    """And are Python's again afterwards."""
+    program = (
+        "import signal; from azr_jax.plan_compile import _ended_by_signals as ended\n"
+        "with ended(): pass\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        f"with ended(): signal.raise_signal({int(number)})\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (-number, "")
+
+
 def test_mistakes(capsys, monkeypatch):
     tiny = str(ROOT / "configs/tiny.yaml")
     assert main(["plan", tiny, "model=qwen9-1b", "--topology", "cpu"]) == 2
@@ -402,7 +420,7 @@ def test_mistakes(capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a))
     assert main(["plan", tiny, "--topology", "v5e:2x2"]) == 1
-    assert 'pip install -e ".[tpu]"' in capsys.readouterr().err
+    assert '-m pip install -e ".[tpu]"' in capsys.readouterr().err
     assert main(["plan", tiny, "--topology", "h200:1"]) == 0  # which needs no compiler
 
 

@@ -25,6 +25,8 @@ for name in PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION CAPACITY PYTH
   SYNC_SECONDS POLL_SECONDS DELETE_WHEN_DONE; do [[ -n ${!name:-} ]] || die "$name is missing in $SETTINGS"; done
 for name in VALID_UNTIL MODEL BUCKET; do [[ -v $name ]] || die "$name is missing in $SETTINGS"; done
 [[ -z $BUCKET || $BUCKET == gs://?* ]] || die "BUCKET in $SETTINGS is $BUCKET, must be empty or begin with gs://"
+[[ -n $BUCKET || ! "${0##*/} $ACCELERATOR_TYPE" =~ ^(create|launch|watch).*-[0-9]{2,}$ ]] ||
+  die "$ACCELERATOR_TYPE has several hosts, which share the run in a bucket, and BUCKET in $SETTINGS is empty"
 [[ -n $BUCKET || $DELETE_WHEN_DONE != yes ]] || die "DELETE_WHEN_DONE=yes without a BUCKET would delete the run as well"
 [[ $RUN_NAME != */* ]] || die "RUN_NAME in $SETTINGS is $RUN_NAME, must be a name without /"
 [[ $DRY_RUN == yes || $PROJECT != my-project ]] || die "PROJECT in $SETTINGS is still the placeholder my-project"

@@ -22,7 +22,8 @@ RUNS_DIR=azr_runs                    # run folders on the hosts: below home, or 
 MODEL=                               # gs:// folder of a Hugging Face checkpoint, copied to the hosts; empty: as CONFIG
 
 # --- what outlives the slice -----------------------------------------------------------------------------------------
-BUCKET=gs://my-bucket/azr            # run folders are kept below it; empty: a preempted slice starts from nothing
+BUCKET=gs://my-bucket/azr            # run folders are kept below it. One host can do with an empty one, but starts from
+                                     # nothing after a preemption
 SYNC_SECONDS=600                     # between two uploads of the run folder, and at most that much work is lost
 POLL_SECONDS=60                      # between two looks of watch.sh
 DELETE_WHEN_DONE=no                  # yes: watch.sh deletes the slice once the run is finished and uploaded

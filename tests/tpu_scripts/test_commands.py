@@ -133,6 +133,16 @@ def test_delete_keeps_a_slice_that_has_the_only_copy(desk):
     assert desk.calls == [DELETE]
 
 
+@pytest.mark.parametrize("script", ["create.sh", "launch.sh", "watch.sh"])
+def test_several_hosts_need_a_bucket(desk, script):
+    desk.settings(BUCKET="", ACCELERATOR_TYPE="v5litepod-16")
+    done = desk.run(script)
+    assert done.returncode == 2
+    assert "v5litepod-16 has several hosts" in done.stderr
+    assert not desk.calls
+    assert desk.run("delete.sh", "--now").returncode == 0  # what is there can always be given back
+
+
 def test_sync(desk):
     assert desk.run("sync.sh", "up").returncode == 0
     assert desk.calls == [ssh("0", "bash azr_jax/tpu_scripts/worker/sync.sh")]
