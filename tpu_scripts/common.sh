@@ -49,12 +49,10 @@ run() { if [[ $DRY_RUN == yes ]]; then shown "$@"; else "$@"; fi; }
 remote() { run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${WHERE[@]}" --worker="$1" --command="$2"; }
 
 ask() { # the answer of a describe command; ABSENT if there is no such thing, UNKNOWN if gcloud could not tell
-  local answer errors
-  errors=$(mktemp)
+  local answer errors; errors=$(mktemp)
   if answer=$(gcloud "$@" 2>"$errors"); then printf '%s\n' "${answer:-UNKNOWN}"
   elif grep -qi 'NOT_FOUND\|was not found' "$errors"; then echo ABSENT
-  else cat "$errors" >&2; echo UNKNOWN; fi
-  rm -f -- "$errors"
+  else cat "$errors" >&2; echo UNKNOWN; fi; rm -f -- "$errors"
 }
 
 QUEUE=(compute tpus queued-resources describe "$TPU_NAME" "${WHERE[@]}" --format='value(state.state)')
